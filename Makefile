@@ -1,0 +1,80 @@
+# make test            everything, on PostgreSQL 15, 17 and 18
+# make test PG=17      on one of them
+# make test-installed  on the PostgreSQL that is installed here, without Docker
+# make lint            the linters of .golangci.yml, and formatting
+# make fuzz            the payload fuzzer, for FUZZTIME (default 1m)
+# make images          what the tests need of Docker, without running them
+# make clean           removes what the tests left in Docker
+#
+# The tests need Docker, or an installed PostgreSQL and PgBouncer. As root on a
+# system with apt-get, missing packages are installed where there is no Docker.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := test
+
+PG ?= 15 17 18
+FUZZTIME ?= 1m
+GO ?= go
+GOTEST = $(GO) test -race -count=1 -timeout=15m
+LINT = $(GO) tool -modfile=$(CURDIR)/tools.mod golangci-lint run
+
+# Nested modules have dependencies that users of the library should not carry.
+MODULES = $(patsubst ./%/go.mod,%,$(shell find . -mindepth 2 -name go.mod -not -path '*/testdata/*'))
+
+.PHONY: test
+test:
+	@where=$$($(GO) run ./internal/pgserver/prepare $(PG)); \
+	if [ "$$where" != docker ]; then exec $(MAKE) --no-print-directory test-installed; fi; \
+	failed=; \
+	for v in $(PG); do \
+	  echo "== PostgreSQL $$v"; \
+	  OUTBOX_TEST_POSTGRES=$$v $(GOTEST) ./... || failed="$$failed $$v"; \
+	done; \
+	$(MAKE) --no-print-directory test-modules || failed="$$failed modules"; \
+	[ -z "$$failed" ] || { echo "FAILED on:$$failed"; exit 1; }
+
+.PHONY: test-installed
+test-installed: installed
+	@echo "== the installed PostgreSQL, without Docker"
+	@export OUTBOX_PG_BINARIES=1 OUTBOX_TEST_POSTGRES=; \
+	$(GOTEST) ./...; \
+	$(MAKE) --no-print-directory test-modules
+
+# Builds, vets and tests each nested module, on the default version.
+.PHONY: test-modules
+test-modules:
+	@for m in $(MODULES); do \
+	  echo "== module $$m"; \
+	  (cd $$m && $(GO) build -o /dev/null ./... && $(GO) vet ./... && $(GOTEST) ./...); \
+	done
+
+.PHONY: installed
+installed:
+	@where=$$(OUTBOX_PG_BINARIES=1 $(GO) run ./internal/pgserver/prepare 2>/dev/null); \
+	if [ "$$where" = installed ]; then exit; fi; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  echo "installing postgresql and pgbouncer"; \
+	  export DEBIAN_FRONTEND=noninteractive; \
+	  apt-get -qq install -y postgresql pgbouncer >/dev/null || { apt-get -qq update; apt-get -qq install -y postgresql pgbouncer >/dev/null; }; \
+	else \
+	  OUTBOX_PG_BINARIES=1 $(GO) run ./internal/pgserver/prepare >/dev/null; exit 1; \
+	fi
+
+.PHONY: images
+images:
+	@$(GO) run ./internal/pgserver/prepare $(PG)
+
+.PHONY: lint
+lint:
+	@$(LINT) ./...
+	@for m in $(MODULES); do (cd $$m && $(LINT) --config=$(CURDIR)/.golangci.yml ./...); done
+
+.PHONY: fuzz
+fuzz:
+	$(GO) test -run='^$$' -fuzz=FuzzPayload -fuzztime=$(FUZZTIME) .
+
+.PHONY: clean
+clean:
+	-@docker ps -aq --filter label=outbox.test=1 --filter status=exited | xargs -r docker rm -v
+	-@docker image ls -q --filter label=outbox.stamp | sort -u | xargs -r docker image rm -f

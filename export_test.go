@@ -1,0 +1,17 @@
+package outbox
+
+// What the tests in package outbox_test see of the inside.
+
+// CheckPayload is what an add does to a payload given as raw JSON.
+func CheckPayload(b []byte) error {
+	s := jsonScanner{b: b}
+	return s.document()
+}
+
+// MaybeNotJSONBSQL is the guard in front of the cast of a stored payload_json.
+const MaybeNotJSONBSQL = maybeNotJSONBSQL
+
+// AddSQL and InsertManySQL are the statements for a key with the parts that k has.
+func (s *PGStore) AddSQL(k Key) string         { return s.sql.add[k.shape()] }
+func (s *PGStore) InsertManySQL(k Key) string  { return s.sql.insert[k.shape()] }
+func (s *PGStore) RefreshManySQL(k Key) string { return s.sql.refresh[k.shape()] }

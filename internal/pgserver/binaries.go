@@ -1,0 +1,327 @@
+package pgserver
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"net"
+	"os"
+	"os/exec"
+	"os/user"
+	"path/filepath"
+	"regexp"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+)
+
+var errNoBinaries = errors.New("not installed")
+
+// installation is an installed PostgreSQL: its initdb and postgres are in bin.
+type installation struct {
+	bin   string
+	major int
+}
+
+// startInstalled runs initdb and then postgres as children of this process.
+func startInstalled(ctx context.Context, opts Options) (*Server, error) {
+	inst, err := findInstallation(ctx, opts.Version)
+	if err != nil {
+		return nil, err
+	}
+	// A port that was free a moment ago may be taken by now.
+	for attempt := 1; ; attempt++ {
+		s, err := startInstallation(ctx, inst, opts)
+		if err == nil || attempt == 3 || !strings.Contains(err.Error(), "Address already in use") {
+			return s, err
+		}
+	}
+}
+
+// CheckInstalled returns an error that names the command to run if a PostgreSQL or
+// a PgBouncer to run without Docker is not installed.
+func CheckInstalled(ctx context.Context) error {
+	if _, err := findInstallation(ctx, ""); err != nil {
+		return fmt.Errorf("pgserver: %w: %w; run: %s", ErrUnavailable, err, installCommand())
+	}
+	if _, err := findPgBouncer(); err != nil {
+		return fmt.Errorf("pgserver: %w", err)
+	}
+	return nil
+}
+
+func startInstallation(ctx context.Context, inst installation, opts Options) (_ *Server, err error) {
+	dir, err := newWorkDir()
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, dir.remove())
+		}
+	}()
+	port, err := freePort()
+	if err != nil {
+		return nil, err
+	}
+
+	data := filepath.Join(dir.path, "data")
+	initdb := dir.command(filepath.Join(inst.bin, "initdb"), "-D", data, "-U", "postgres",
+		"--auth=trust", "--encoding=UTF8", "--no-locale", "--no-sync")
+	p, err := startProcess(initdb)
+	if err != nil {
+		return nil, fmt.Errorf("initdb: %w", err)
+	}
+	select {
+	case <-p.exited:
+	case <-ctx.Done():
+		return nil, errors.Join(ctx.Err(), p.kill())
+	}
+	if !initdb.ProcessState.Success() {
+		return nil, fmt.Errorf("initdb: %v: %s", initdb.ProcessState, tail(p.log.Bytes()))
+	}
+
+	args := []string{
+		"-D", data, "-p", strconv.Itoa(port),
+		"-c", "listen_addresses=127.0.0.1", "-c", "unix_socket_directories=" + dir.path,
+	}
+	for _, name := range slices.Sorted(maps.Keys(opts.Settings)) {
+		args = append(args, "-c", name+"="+opts.Settings[name])
+	}
+	p, err = startProcess(dir.command(filepath.Join(inst.bin, "postgres"), args...))
+	if err != nil {
+		return nil, fmt.Errorf("postgres: %w", err)
+	}
+	url := fmt.Sprintf("postgres://postgres@127.0.0.1:%d/postgres?sslmode=disable", port)
+	version, err := waitReady(ctx, url, p.exited)
+	if err != nil {
+		err = errors.Join(err, p.kill())
+		return nil, fmt.Errorf("postgres: %w: %s", err, tail(p.log.Bytes()))
+	}
+
+	return &Server{
+		URL:  url,
+		Kind: fmt.Sprintf("PostgreSQL %s from %s", version, inst.bin),
+		stop: sync.OnceValue(func() error { return errors.Join(p.kill(), dir.remove()) }),
+		pgbouncer: func(ctx context.Context) (string, func() error, error) {
+			return startInstalledPgBouncer(ctx, port, opts.Logf)
+		},
+	}, nil
+}
+
+// findInstallation returns the installed PostgreSQL of that major version, or the
+// newest one if version is "".
+func findInstallation(ctx context.Context, version string) (installation, error) {
+	var candidates []string
+	if path, err := exec.LookPath("postgres"); err == nil {
+		// PATH may have links to the server alone; initdb is beside the real file.
+		if real, err := filepath.EvalSymlinks(path); err == nil {
+			candidates = append(candidates, real)
+		}
+	}
+	for _, pattern := range []string{
+		"/usr/lib/postgresql/*/bin/postgres",          // Debian and its relatives
+		"/usr/pgsql-*/bin/postgres",                   // the project's own RPM packages
+		"/usr/libexec/postgresql*/postgres",           // Alpine
+		"/usr/local/pgsql/bin/postgres",               // built from source
+		"/opt/homebrew/opt/postgresql*/bin/postgres",  // macOS on ARM
+		"/usr/local/opt/postgresql*/bin/postgres",     // macOS on Intel
+		"/Applications/Postgres.app/*/*/bin/postgres", // Postgres.app
+	} {
+		found, _ := filepath.Glob(pattern) // fails on a malformed pattern only
+		candidates = append(candidates, found...)
+	}
+
+	var all []installation
+	for _, postgres := range candidates {
+		bin := filepath.Dir(postgres)
+		if _, err := exec.LookPath(filepath.Join(bin, "initdb")); err != nil {
+			continue
+		}
+		if major := majorVersion(ctx, postgres); major > 0 {
+			all = append(all, installation{bin, major})
+		}
+	}
+	slices.SortStableFunc(all, func(a, b installation) int { return cmp.Compare(b.major, a.major) })
+	var seen []string
+	for _, inst := range all {
+		major := strconv.Itoa(inst.major)
+		if version == "" || version == major {
+			return inst, nil
+		}
+		seen = append(seen, major)
+	}
+	if len(seen) > 0 {
+		return installation{}, fmt.Errorf("PostgreSQL %s is %w (there is %s)",
+			version, errNoBinaries, strings.Join(slices.Compact(seen), ", "))
+	}
+	return installation{}, fmt.Errorf("PostgreSQL is %w", errNoBinaries)
+}
+
+var versionNumber = regexp.MustCompile(`(\d+)(?:\.(\d+))?`)
+
+// majorVersion is what the server binary says it is, or 0 if it does not run.
+func majorVersion(ctx context.Context, postgres string) int {
+	out, err := exec.CommandContext(ctx, postgres, "--version").Output()
+	if err != nil {
+		return 0
+	}
+	major, _ := strconv.Atoi(versionNumber.FindString(strings.SplitN(string(out), ".", 2)[0]))
+	return major
+}
+
+// account is an operating system user that a server runs as.
+type account struct{ uid, gid int }
+
+// unprivileged returns whom to run a server as: nil, for ourselves, unless we are
+// root, whom PostgreSQL and PgBouncer refuse.
+func unprivileged() (*account, error) {
+	if runtime.GOOS != "linux" || os.Geteuid() != 0 {
+		return nil, nil
+	}
+	for _, name := range []string{"postgres", "nobody"} {
+		if u, err := user.Lookup(name); err == nil {
+			uid, err := strconv.Atoi(u.Uid)
+			if err != nil {
+				return nil, err
+			}
+			gid, err := strconv.Atoi(u.Gid)
+			return &account{uid, gid}, err
+		}
+	}
+	return nil, errors.New("neither user postgres nor nobody exists, and a server does not run as root")
+}
+
+const workDirPrefix = "outbox-pg-"
+
+// workDir is a fresh directory that belongs to the user whom servers run as.
+type workDir struct {
+	path string
+	as   *account // nil: ourselves
+	lock *os.File // nil where locks are not supported
+}
+
+// newWorkDir makes a directory, in memory if the system has a place for that, and
+// removes those whose process was killed before it could.
+func newWorkDir() (_ *workDir, err error) {
+	parent := "/dev/shm"
+	if info, err := os.Stat(parent); err != nil || !info.IsDir() {
+		parent = os.TempDir()
+	}
+	removeAbandoned(parent)
+
+	as, err := unprivileged()
+	if err != nil {
+		return nil, err
+	}
+	path, err := os.MkdirTemp(parent, workDirPrefix)
+	if err != nil {
+		return nil, err
+	}
+	d := &workDir{path: path, as: as}
+	d.lock, _ = lockDir(path) // without the lock, only the clean-up after a kill is lost
+	if as != nil {
+		if err := os.Chown(path, as.uid, as.gid); err != nil {
+			return nil, errors.Join(err, d.remove())
+		}
+	}
+	return d, nil
+}
+
+// removeAbandoned removes work directories that nobody holds the lock of. One that
+// is younger than a minute may be about to be locked.
+func removeAbandoned(parent string) {
+	dirs, _ := filepath.Glob(filepath.Join(parent, workDirPrefix+"*"))
+	for _, dir := range dirs {
+		info, err := os.Stat(dir)
+		if err != nil || time.Since(info.ModTime()) < time.Minute {
+			continue
+		}
+		if lock, err := lockDir(dir); err == nil {
+			os.RemoveAll(dir) // what is left is left: it may be another user's
+			lock.Close()
+		}
+	}
+}
+
+func (d *workDir) remove() error {
+	err := os.RemoveAll(d.path)
+	if d.lock != nil {
+		err = errors.Join(err, d.lock.Close())
+	}
+	return err
+}
+
+// command is a program that runs in the directory, as its owner, and whose
+// behaviour does not depend on the caller's PG* variables, language and time zone.
+func (d *workDir) command(name string, args ...string) *exec.Cmd {
+	cmd := exec.Command(name, args...)
+	cmd.Dir = d.path
+	cmd.Env = append(slices.DeleteFunc(os.Environ(), func(v string) bool { return strings.HasPrefix(v, "PG") }), "LC_ALL=C", "TZ=UTC")
+	confine(cmd, d.as)
+	return cmd
+}
+
+// process is a running child.
+type process struct {
+	cmd    *exec.Cmd
+	log    *bytes.Buffer // what it wrote; to be read when exited is closed
+	exited chan struct{}
+}
+
+// startProcess starts cmd and collects its output. The child dies with the thread
+// that forked it (see confine), so that thread is kept, doing nothing but wait.
+func startProcess(cmd *exec.Cmd) (*process, error) {
+	p := &process{cmd: cmd, log: new(bytes.Buffer), exited: make(chan struct{})}
+	cmd.Stdout, cmd.Stderr = p.log, p.log
+	started := make(chan error)
+	go func() {
+		runtime.LockOSThread()
+		defer runtime.UnlockOSThread()
+		defer close(p.exited)
+		err := cmd.Start()
+		started <- err
+		if err == nil {
+			_ = cmd.Wait() // how it ended is in cmd.ProcessState
+		}
+	}()
+	return p, <-started
+}
+
+// kill ends the process without ceremony, its data being worthless, and waits for it.
+func (p *process) kill() error {
+	select {
+	case <-p.exited:
+		return nil
+	default:
+	}
+	// An immediate shutdown ends PostgreSQL's children too, which a kill does not.
+	if p.cmd.Process.Signal(syscall.SIGQUIT) == nil {
+		select {
+		case <-p.exited:
+			return nil
+		case <-time.After(10 * time.Second):
+		}
+	}
+	if err := p.cmd.Process.Kill(); err != nil && !errors.Is(err, os.ErrProcessDone) {
+		return err
+	}
+	<-p.exited
+	return nil
+}
+
+// freePort returns a loopback port that nobody listens on at the moment.
+func freePort() (int, error) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return 0, err
+	}
+	return l.Addr().(*net.TCPAddr).Port, l.Close()
+}

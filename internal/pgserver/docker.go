@@ -1,0 +1,223 @@
+package pgserver
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"reflect"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/moby/moby/api/types/container"
+	"github.com/moby/moby/api/types/network"
+	"github.com/moby/moby/client"
+	"github.com/testcontainers/testcontainers-go"
+	"github.com/testcontainers/testcontainers-go/log"
+	"github.com/testcontainers/testcontainers-go/modules/postgres"
+)
+
+// containerLife bounds the life of a container whose process was killed, where no
+// reaper runs.
+const containerLife = "4h"
+
+var errNoDocker = errors.New("no Docker")
+
+// connectDocker returns a client of a daemon that answers. The error is errNoDocker
+// where there is no sign of one.
+func connectDocker(ctx context.Context) (*client.Client, error) {
+	if os.Getenv("OUTBOX_PG_BINARIES") == "1" {
+		return nil, fmt.Errorf("%w wanted: OUTBOX_PG_BINARIES=1", errNoDocker)
+	}
+	opts := []client.Opt{client.FromEnv}
+	if os.Getenv(client.EnvOverrideHost) == "" {
+		if host := dockerSocket(); host != "" {
+			opts = append(opts, client.WithHost(host))
+		}
+	}
+	cli, err := client.New(opts...)
+	if err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	if _, err := cli.Ping(ctx, client.PingOptions{}); err != nil {
+		cli.Close()
+		if errors.Is(err, os.ErrNotExist) {
+			return nil, fmt.Errorf("%w: %w", errNoDocker, err)
+		}
+		return nil, err
+	}
+	return cli, nil
+}
+
+// dockerSocket finds the daemon in the places where testcontainers looks for it,
+// which are more than the client's default one.
+func dockerSocket() string {
+	sockets := []string{"/var/run/docker.sock"}
+	if dir := os.Getenv("XDG_RUNTIME_DIR"); dir != "" {
+		sockets = append(sockets, filepath.Join(dir, "docker.sock"))
+	}
+	if home, err := os.UserHomeDir(); err == nil {
+		sockets = append(sockets,
+			filepath.Join(home, ".docker/run/docker.sock"), filepath.Join(home, ".docker/desktop/docker.sock"))
+	}
+	for _, s := range sockets {
+		if _, err := os.Stat(s); err == nil {
+			return "unix://" + s
+		}
+	}
+	return ""
+}
+
+func startInDocker(ctx context.Context, opts Options) (*Server, error) {
+	cli, err := connectDocker(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer cli.Close()
+	version := opts.Version
+	if version == "" {
+		version = defaultVersion
+	}
+	image, err := postgresImage(ctx, cli, version, opts.Logf)
+	if err != nil {
+		return nil, err
+	}
+	host, err := setUpTestcontainers(ctx, cli, image.official)
+	if err != nil {
+		return nil, err
+	}
+
+	cmd := []string{"postgres"}
+	for _, name := range slices.Sorted(maps.Keys(opts.Settings)) {
+		cmd = append(cmd, "-c", name+"="+opts.Settings[name])
+	}
+	c, err := postgres.Run(ctx, image.tag,
+		append(containerOptions(host, "5432/tcp", "docker-entrypoint.sh"),
+			postgres.BasicWaitStrategies(),
+			testcontainers.WithCmd(cmd...),
+			// PGDATA is named because official images differ in where it is.
+			testcontainers.WithTmpfs(map[string]string{"/pgdata": "rw"}),
+			testcontainers.WithEnv(map[string]string{
+				"PGDATA":                    "/pgdata",
+				"POSTGRES_HOST_AUTH_METHOD": "trust",
+				"TZ":                        "UTC", // or initdb spends 1.5 s on finding the time zone out
+			}))...)
+	if err != nil {
+		return nil, failedContainer(ctx, c, err)
+	}
+	dsn, version, err := containerURL(ctx, c, "5432/tcp")
+	if err != nil {
+		return nil, failedContainer(ctx, c, err)
+	}
+	return &Server{
+		URL:  dsn,
+		Kind: fmt.Sprintf("PostgreSQL %s in a container (%s)", version, image.origin),
+		stop: sync.OnceValue(func() error { return terminate(c) }),
+		pgbouncer: func(ctx context.Context) (string, func() error, error) {
+			return startPgBouncerContainer(ctx, c, host, opts.Logf)
+		},
+	}, nil
+}
+
+var quietTestcontainers = sync.OnceFunc(func() { log.SetDefault(log.NewNoopLogger()) })
+
+// setUpTestcontainers makes testcontainers work where its defaults do not, and
+// returns the host where published ports are reached. What the user has set stays.
+// It has to come before anything else of testcontainers, which reads the
+// environment once. Registry says that one answered.
+func setUpTestcontainers(ctx context.Context, cli *client.Client, registry bool) (host string, err error) {
+	// The reaper removes containers of killed processes, but is an image to pull.
+	if os.Getenv("TESTCONTAINERS_RYUK_DISABLED") == "" {
+		reaper := testcontainers.ReaperDefaultImage //nolint:staticcheck // the image has no other exported name
+		_, err := cli.ImageInspect(ctx, reaper)
+		if err != nil && (!registry || pullImage(ctx, cli, reaper) != nil) {
+			os.Setenv("TESTCONTAINERS_RYUK_DISABLED", "true")
+		}
+	}
+	// Inside a container, ports are taken to be published on its gateway. That is
+	// wrong where the daemon runs inside too: its bridge is then one of our interfaces.
+	if _, err := os.Stat("/.dockerenv"); err == nil && os.Getenv("TESTCONTAINERS_HOST_OVERRIDE") == "" {
+		bridge, err := cli.NetworkInspect(ctx, "bridge", client.NetworkInspectOptions{})
+		if err == nil {
+			name := bridge.Network.Options["com.docker.network.bridge.name"]
+			if _, err := net.InterfaceByName(name); err == nil {
+				os.Setenv("TESTCONTAINERS_HOST_OVERRIDE", "127.0.0.1")
+			}
+		}
+	}
+	quietTestcontainers()
+	provider, err := testcontainers.NewDockerProvider()
+	if err != nil {
+		return "", err
+	}
+	defer provider.Close()
+	return provider.DaemonHost(ctx)
+}
+
+// containerOptions are what all containers have in common.
+func containerOptions(host, port string, program ...string) []testcontainers.ContainerCustomizer {
+	labels := map[string]string{"outbox.test": "1"}
+	if run := os.Getenv("OUTBOX_TEST_RUN"); run != "" {
+		labels["outbox.run"] = run
+	}
+	return []testcontainers.ContainerCustomizer{
+		testcontainers.WithLogger(log.NewNoopLogger()),
+		testcontainers.WithLabels(labels),
+		testcontainers.WithExposedPorts(port),
+		// The program stays process 1, as in any container, with a clock beside it.
+		testcontainers.WithEntrypoint(append([]string{
+			"sh", "-c", `(sleep ` + containerLife + `; kill -QUIT 1) & exec "$0" "$@"`,
+		}, program...)...),
+		testcontainers.WithConfigModifier(func(c *container.Config) {
+			c.StopSignal = "SIGINT" // a fast shutdown, which does not wait for clients
+		}),
+		testcontainers.WithHostConfigModifier(func(h *container.HostConfig) {
+			h.ShmSize = 256 << 20 // the default, 64 MB, is little for parallel queries
+			if host == "localhost" || host == "127.0.0.1" {
+				// The server asks for no password: keep other machines out.
+				loopback := network.PortBinding{HostIP: netip.MustParseAddr("127.0.0.1")}
+				h.PortBindings = network.PortMap{network.MustParsePort(port): {loopback}}
+			}
+		}),
+	}
+}
+
+// containerURL waits until the server that listens on the container's port is
+// ready, and returns the URL that reaches it and its version.
+func containerURL(ctx context.Context, c testcontainers.Container, port string) (dsn, version string, err error) {
+	endpoint, err := c.PortEndpoint(ctx, port, "")
+	if err != nil {
+		return "", "", err
+	}
+	dsn = "postgres://postgres@" + endpoint + "/postgres?sslmode=disable"
+	version, err = waitReady(ctx, dsn, nil)
+	return dsn, version, err
+}
+
+// failedContainer adds the end of the container's log to err and removes it.
+func failedContainer(ctx context.Context, c testcontainers.Container, err error) error {
+	if reflect.ValueOf(c).IsNil() { // it was not even created
+		return err
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
+	defer cancel()
+	if r, logErr := c.Logs(ctx); logErr == nil {
+		output, _ := io.ReadAll(r) // part of a log is better than none
+		r.Close()
+		err = fmt.Errorf("%w: %s", err, tail(output))
+	}
+	return errors.Join(err, terminate(c))
+}
+
+// terminate kills the container, its data being worthless, and removes it.
+func terminate(c testcontainers.Container) error {
+	return testcontainers.TerminateContainer(c, testcontainers.StopTimeout(0))
+}

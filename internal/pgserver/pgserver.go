@@ -1,0 +1,200 @@
+// Package pgserver starts throwaway PostgreSQL servers for tests and examples:
+// in a container where Docker answers, else from the PostgreSQL that is installed
+// on the machine. It keeps nothing: a server's data is in memory where possible
+// and gone after [Server.Stop].
+//
+// The container's image is the official one where it is present or can be pulled.
+// Where no registry can be reached it is built, once, from Debian's packages.
+//
+// Environment:
+//
+//	OUTBOX_PG_BINARIES=1   do not use Docker, even where it answers
+//	OUTBOX_TEST_RUN=VALUE  label every container outbox.run=VALUE
+//
+// Every container is labelled outbox.test=1 as well, and ends by itself after
+// four hours if the process that started it was killed.
+package pgserver
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"runtime"
+	"strings"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+)
+
+// defaultVersion is what runs in Docker when no version is asked for.
+const defaultVersion = "17"
+
+// startTimeout bounds the wait for a server that was started to accept connections.
+const startTimeout = time.Minute
+
+// ErrUnavailable is returned, wrapped, by [Start] where neither Docker nor an
+// installed PostgreSQL can be used. The error names the command that helps.
+var ErrUnavailable = errors.New("no PostgreSQL to run")
+
+// Options says which server [Start] starts. The zero value is ready for use.
+type Options struct {
+	// Version is the major version: "15", "17" or "18", or whatever else an
+	// official image exists for. Default: 17 in Docker, the newest installed
+	// one without it.
+	Version string
+
+	// Settings are server settings by name. They are added to defaults that
+	// suit tests and win over them: fsync, synchronous_commit and
+	// full_page_writes are off (set them to on to test a crash),
+	// max_connections is 300.
+	Settings map[string]string
+
+	// Logf receives what a human who waits would want to know, such as that an
+	// image is being built. Default: nothing is said.
+	Logf func(format string, args ...any)
+}
+
+// Server is a running server. Its methods may be called concurrently.
+type Server struct {
+	// URL connects as the superuser to database postgres. No password is needed.
+	URL string
+
+	// Kind says in one line, for humans, what is running and from where.
+	Kind string
+
+	stop      func() error
+	pgbouncer func(context.Context) (url string, stop func() error, err error)
+}
+
+// Start starts a server and waits until it accepts connections. Ctx bounds the
+// start only; the server runs until [Server.Stop].
+//
+// With Docker there but failing, Start falls back to an installed PostgreSQL of
+// the version asked for, and says so through Logf. If that fails too, the error
+// has both reasons.
+func Start(ctx context.Context, opts Options) (*Server, error) {
+	if opts.Logf == nil {
+		opts.Logf = func(string, ...any) {}
+	}
+	settings := map[string]string{
+		"fsync":              "off",
+		"synchronous_commit": "off",
+		"full_page_writes":   "off",
+		"max_connections":    "300",
+	}
+	for name, value := range opts.Settings {
+		settings[name] = value
+	}
+	opts.Settings = settings
+
+	s, dockerErr := startInDocker(ctx, opts)
+	if dockerErr == nil {
+		return s, nil
+	}
+	if err := ctx.Err(); err != nil {
+		return nil, fmt.Errorf("pgserver: %w: docker: %w", err, dockerErr)
+	}
+	if !errors.Is(dockerErr, errNoDocker) {
+		opts.Logf("no PostgreSQL in a container, trying installed binaries: %v", dockerErr)
+	}
+
+	s, err := startInstalled(ctx, opts)
+	switch {
+	case err == nil:
+		return s, nil
+	case errors.Is(err, errNoBinaries):
+		return nil, fmt.Errorf("pgserver: %w; run: %s (docker: %w; binaries: %w)",
+			ErrUnavailable, installCommand(), dockerErr, err)
+	default:
+		return nil, fmt.Errorf("pgserver: docker: %w; binaries: %w", dockerErr, err)
+	}
+}
+
+// Stop ends the server at once, open connections with it, and removes its data.
+// Further calls return what the first one did.
+func (s *Server) Stop() error {
+	if err := s.stop(); err != nil {
+		return fmt.Errorf("pgserver: stop: %w", err)
+	}
+	return nil
+}
+
+// StartPgBouncer starts a PgBouncer in transaction mode in front of the server.
+// It lets every database name and every user of the server through, without a
+// password, and tracks up to 200 prepared statements. It runs in a container
+// where the server does, else from the installed pgbouncer, until stop is called;
+// stop it before the server.
+//
+// An installed PgBouncer older than 1.21 cannot track prepared statements. The url
+// then tells pgx to use none (default_query_exec_mode=cache_describe).
+func (s *Server) StartPgBouncer(ctx context.Context) (url string, stop func() error, err error) {
+	url, stop, err = s.pgbouncer(ctx)
+	if err != nil {
+		return "", nil, fmt.Errorf("pgserver: pgbouncer: %w", err)
+	}
+	return url, stop, nil
+}
+
+// installCommand is the one command that makes Start work on this machine.
+func installCommand() string {
+	for _, c := range []struct{ tool, command string }{
+		{"apt-get", "apt-get install -y postgresql pgbouncer"},
+		{"dnf", "dnf install -y postgresql-server pgbouncer"},
+		{"apk", "apk add postgresql pgbouncer"},
+		{"brew", "brew install postgresql@17 pgbouncer"},
+	} {
+		if _, err := exec.LookPath(c.tool); err == nil {
+			if runtime.GOOS == "linux" && os.Geteuid() != 0 {
+				return "sudo " + c.command
+			}
+			return c.command
+		}
+	}
+	return "docker version, and start Docker until it succeeds"
+}
+
+// waitReady connects to url until that succeeds and returns the server's version.
+// It gives up when exited is closed, when ctx ends and after startTimeout.
+func waitReady(ctx context.Context, url string, exited <-chan struct{}) (version string, err error) {
+	ctx, cancel := context.WithTimeout(ctx, startTimeout)
+	defer cancel()
+	for pause := 5 * time.Millisecond; ; pause = min(2*pause, 200*time.Millisecond) {
+		if version, err = serverVersion(ctx, url); err == nil {
+			return version, nil
+		}
+		select {
+		case <-exited:
+			return "", errors.New("the process exited")
+		case <-ctx.Done():
+			return "", fmt.Errorf("not ready: %w", err)
+		case <-time.After(pause):
+		}
+	}
+}
+
+// serverVersion asks the server behind url for its version, such as "17.5". The
+// simple protocol goes through any PgBouncer.
+func serverVersion(ctx context.Context, url string) (string, error) {
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	conn, err := pgx.Connect(ctx, url)
+	if err != nil {
+		return "", err
+	}
+	defer conn.Close(context.WithoutCancel(ctx))
+	var version string
+	err = conn.QueryRow(ctx, "SHOW server_version", pgx.QueryExecModeSimpleProtocol).Scan(&version)
+	version, _, _ = strings.Cut(version, " ")
+	return version, err
+}
+
+// tail is the end of a log, for error messages.
+func tail(log []byte) string {
+	const limit = 2000
+	if len(log) > limit {
+		log = log[len(log)-limit:]
+	}
+	return strings.TrimSpace(string(log))
+}

@@ -1,0 +1,432 @@
+package outbox_test
+
+import (
+	"context"
+	"fmt"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
+	"github.com/stretchr/testify/require"
+
+	"github.com/seed3357934d/outbox"
+	"github.com/seed3357934d/outbox/migrations"
+)
+
+// pythonTable is the table that a SQLAlchemy service makes, with integer ids.
+const pythonTable = `
+CREATE TABLE bookings (id serial PRIMARY KEY, status varchar(20));
+INSERT INTO bookings SELECT FROM generate_series(1, 100);
+CREATE TABLE outbox_notifications (
+	id serial NOT NULL,
+	booking_id integer,
+	type varchar(50) NOT NULL,
+	payload_json json NOT NULL,
+	candidate_tg_id bigint,
+	recruiter_tg_id bigint NOT NULL,
+	status varchar(20) DEFAULT 'pending' NOT NULL,
+	attempts integer DEFAULT 0 NOT NULL,
+	created_at timestamp with time zone NOT NULL,
+	locked_at timestamp with time zone,
+	next_retry_at timestamp with time zone,
+	last_error text,
+	correlation_id varchar(64),
+	PRIMARY KEY (id),
+	CONSTRAINT uq_outbox_type_booking_candidate UNIQUE (type, booking_id, candidate_tg_id),
+	FOREIGN KEY(booking_id) REFERENCES bookings (id) ON DELETE CASCADE
+);
+CREATE INDEX ix_outbox_notifications_status ON outbox_notifications (status)`
+
+const pythonInsert = `INSERT INTO outbox_notifications (booking_id, type, payload_json, candidate_tg_id, recruiter_tg_id,
+	status, attempts, created_at, locked_at, next_retry_at, last_error, correlation_id)
+	VALUES ($1, $2, '{"slot": "10:00"}', $3, 99, 'pending', 0, now(), NULL, NULL, NULL, 'py') RETURNING id`
+
+const pythonSelect = `SELECT id, booking_id, type, payload_json, candidate_tg_id, recruiter_tg_id, status, attempts, created_at,
+	locked_at, next_retry_at, last_error, correlation_id FROM outbox_notifications WHERE status = 'pending'`
+
+// describe returns all that the catalog says of the table, to be compared.
+func describe(t testing.TB, db *testDB) string {
+	t.Helper()
+	return one[string](t, db, `SELECT concat_ws(E'\n',
+		(SELECT string_agg(concat_ws(' ', attname, format_type(atttypid, atttypmod), attnotnull, atthasdef), E'\n' ORDER BY attnum)
+			FROM pg_attribute WHERE attrelid = to_regclass('outbox_notifications') AND attnum > 0),
+		(SELECT string_agg(conname || ' ' || pg_get_constraintdef(oid), E'\n' ORDER BY conname) FROM pg_constraint WHERE conrelid = to_regclass('outbox_notifications')),
+		(SELECT string_agg(pg_get_indexdef(indexrelid), E'\n' ORDER BY indexrelid) FROM pg_index WHERE indrelid = to_regclass('outbox_notifications')),
+		(SELECT string_agg(nspname, ' ' ORDER BY nspname) FROM pg_namespace),
+		(SELECT string_agg(relname, ' ' ORDER BY relname) FROM pg_class WHERE relnamespace = 'public'::regnamespace))`)
+}
+
+func TestMigrate(t *testing.T) {
+	t.Parallel()
+
+	t.Run("creates_the_table", func(t *testing.T) {
+		t.Parallel()
+		db := newEmptyDB(t)
+		require.NoError(t, outbox.Migrate(t.Context(), db.Pool))
+		require.Equal(t, outbox.OutcomeCreated, db.add(t, rejected).Outcome)
+		for _, values := range []string{"('reject', 7, 42)", "('x', NULL, 42), ('x', NULL, 42)", "('x', 7, NULL), ('x', 7, NULL)", "('x', NULL, NULL), ('x', NULL, NULL)"} {
+			_, err := db.Exec(t.Context(), "INSERT INTO outbox_notifications (type, booking_id, candidate_tg_id) VALUES "+values)
+			require.Equal(t, "23505", sqlState(t, err), values)
+		}
+	})
+
+	t.Run("does_nothing_the_second_time", func(t *testing.T) {
+		t.Parallel()
+		db := newDB(t)
+		before := describe(t, db)
+		// not even a lock that readers and writers hold is in its way
+		tx := db.begin(t)
+		_, err := tx.Exec(t.Context(), "LOCK TABLE outbox_notifications IN ACCESS EXCLUSIVE MODE")
+		require.NoError(t, err)
+		require.NoError(t, outbox.Migrate(t.Context(), db.Pool))
+		require.NoError(t, tx.Rollback(t.Context()))
+		require.Equal(t, before, describe(t, db))
+	})
+
+	t.Run("needs_no_rights_once_the_schema_is_current", func(t *testing.T) {
+		t.Parallel()
+		db := newDB(t)
+		role := fmt.Sprintf("adder_%d", time.Now().UnixNano())
+		db.exec(t, "CREATE ROLE "+role+"; GRANT SELECT ON outbox_migrations TO "+role)
+		t.Cleanup(func() { require.NoError(t, onServer("DROP ROLE "+role)) })
+		pool := newPool(t, db.url, func(cfg *pgxpool.Config) { cfg.ConnConfig.RuntimeParams["role"] = role })
+		require.NoError(t, outbox.Migrate(t.Context(), pool))
+		pool.Close()
+		db.exec(t, "DROP OWNED BY "+role)
+	})
+
+	t.Run("is_safe_from_many_processes_at_once", func(t *testing.T) {
+		t.Parallel()
+		db := newEmptyDB(t)
+		db.exec(t, pythonTable)
+		var wg sync.WaitGroup
+		for range 16 {
+			wg.Go(func() {
+				if err := outbox.Migrate(t.Context(), db.Pool); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+		wg.Wait()
+		require.Equal(t, 1, one[int](t, db, "SELECT count(*) FROM outbox_migrations"))
+	})
+
+	t.Run("uses_the_schema_of_the_callers_choice", func(t *testing.T) {
+		t.Parallel()
+		db := newEmptyDB(t)
+		for _, schema := range []string{"bookings", `it's "odd".name`, strings.Repeat("ю", 31), "select"} {
+			store, err := outbox.NewPGStore(db.Pool, outbox.Config{Schema: schema, Logger: discard})
+			require.NoError(t, err)
+			require.NoError(t, store.Migrate(t.Context()))
+			require.NoError(t, store.Migrate(t.Context()))
+			require.True(t, one[bool](t, db, "SELECT to_regclass($1) IS NOT NULL", pgx.Identifier{schema, "outbox_notifications"}.Sanitize()))
+			tx := db.begin(t)
+			res, err := store.AddNotification(t.Context(), tx, rejected)
+			require.NoError(t, err)
+			require.Equal(t, outbox.OutcomeCreated, res.Outcome)
+			_, err = store.AddNotifications(t.Context(), tx, []outbox.NewNotification{rejected})
+			require.NoError(t, err)
+			require.NoError(t, tx.Commit(t.Context()))
+		}
+		require.False(t, one[bool](t, db, "SELECT to_regclass('public.outbox_notifications') IS NOT NULL"))
+	})
+
+	t.Run("is_not_misled_by_the_search_path_or_a_temporary_table", func(t *testing.T) {
+		t.Parallel()
+		db := newEmptyDB(t)
+		db.exec(t, `CREATE SCHEMA shadow; CREATE TABLE shadow.outbox_notifications (id int)`)
+		pool := newPool(t, db.url, func(cfg *pgxpool.Config) {
+			cfg.ConnConfig.RuntimeParams["search_path"] = "shadow"
+			cfg.AfterConnect = func(ctx context.Context, conn *pgx.Conn) error {
+				_, err := conn.Exec(ctx, "CREATE TEMPORARY TABLE outbox_notifications (id int)")
+				return err
+			}
+		})
+		require.NoError(t, outbox.Migrate(t.Context(), pool))
+		store, err := outbox.NewPGStore(pool, outbox.Config{})
+		require.NoError(t, err)
+		require.NoError(t, pgx.BeginFunc(t.Context(), pool, func(tx pgx.Tx) error {
+			_, err := store.AddNotification(t.Context(), tx, rejected)
+			return err
+		}))
+		require.Equal(t, 1, one[int](t, db, "SELECT count(*) FROM public.outbox_notifications"))
+	})
+
+	t.Run("never_downgrades", func(t *testing.T) {
+		t.Parallel()
+		db := newDB(t)
+		db.exec(t, "INSERT INTO outbox_migrations VALUES (9999)")
+		before := describe(t, db)
+		require.NoError(t, outbox.Migrate(t.Context(), db.Pool))
+		require.Equal(t, before, describe(t, db))
+		require.Equal(t, 9999, one[int](t, db, "SELECT max(version) FROM outbox_migrations"))
+	})
+
+	t.Run("waits_for_locks_without_holding_others_up", func(t *testing.T) {
+		t.Parallel()
+		db := newEmptyDB(t)
+		db.exec(t, pythonTable)
+		reader := db.begin(t)
+		one[int](t, reader, "SELECT count(*) FROM outbox_notifications")
+		ctx, cancel := context.WithCancel(t.Context())
+		c := later(func() (any, error) { return nil, outbox.Migrate(ctx, db.Pool) })
+		db.waitBlocked(t, 1)
+		// queued up behind the migration, and let through by its lock_timeout
+		db.exec(t, pythonInsert, 1, "reject", 42)
+		cancel()
+		_, err := await(t, c)
+		require.ErrorIs(t, err, context.Canceled)
+		require.NoError(t, reader.Rollback(t.Context()))
+		require.NoError(t, outbox.Migrate(t.Context(), db.Pool))
+		require.Equal(t, 1, db.count(t))
+	})
+
+	t.Run("refuses_a_database_that_is_not_UTF8", func(t *testing.T) {
+		t.Parallel()
+		name := fmt.Sprintf("outbox_latin1_%d", databases.Add(1)+time.Now().UnixNano())
+		require.NoError(t, onServer("CREATE DATABASE "+name+" TEMPLATE template0 ENCODING 'LATIN1' LC_COLLATE 'C' LC_CTYPE 'C'"))
+		t.Cleanup(func() { require.NoError(t, onServer("DROP DATABASE "+name+" WITH (FORCE)")) })
+		require.ErrorContains(t, outbox.Migrate(t.Context(), newPool(t, databaseURL(name), nil)), "encoding LATIN1")
+	})
+
+	t.Run("is_what_the_files_do", func(t *testing.T) {
+		// As a migration tool runs them, each in a transaction on the search_path.
+		t.Parallel()
+		db, tool := newDB(t), newEmptyDB(t)
+		entries, err := migrations.FS.ReadDir(".")
+		require.NoError(t, err)
+		for range 2 {
+			for _, e := range entries {
+				sql, err := migrations.FS.ReadFile(e.Name())
+				require.NoError(t, err)
+				require.NoError(t, pgx.BeginFunc(t.Context(), tool.Pool, func(tx pgx.Tx) error {
+					_, err := tx.Exec(t.Context(), string(sql), pgx.QueryExecModeSimpleProtocol)
+					return err
+				}))
+			}
+		}
+		require.Equal(t, describe(t, db), describe(t, tool))
+		require.NoError(t, outbox.Migrate(t.Context(), tool.Pool))
+		require.Equal(t, describe(t, db), describe(t, tool))
+	})
+}
+
+func TestAdoption(t *testing.T) {
+	t.Parallel()
+
+	t.Run("keeps_rows_constraint_and_foreign_key", func(t *testing.T) {
+		t.Parallel()
+		db := newEmptyDB(t)
+		db.exec(t, pythonTable)
+		db.exec(t, pythonInsert, 1, "reject", 42)
+		db.exec(t, pythonInsert, 1, "reject", nil)
+		db.exec(t, pythonInsert, nil, "digest", nil)
+		db.exec(t, "UPDATE outbox_notifications SET status = 'sent', attempts = 1 WHERE type = 'digest'")
+		rows := "SELECT json_agg(r ORDER BY id)::text FROM (" + strings.Replace(pythonSelect, "WHERE status = 'pending'", "", 1) + ") r"
+		before := one[string](t, db, rows)
+		filenode := one[uint32](t, db, "SELECT relfilenode FROM pg_class WHERE relname = 'outbox_notifications'")
+
+		require.NoError(t, outbox.Migrate(t.Context(), db.Pool))
+		require.Equal(t, before, one[string](t, db, rows))
+		require.Equal(t, filenode, one[uint32](t, db, "SELECT relfilenode FROM pg_class WHERE relname = 'outbox_notifications'"), "the table was rewritten")
+		got := describe(t, db)
+		require.Contains(t, got, "uq_outbox_type_booking_candidate UNIQUE NULLS NOT DISTINCT (type, booking_id, candidate_tg_id)")
+		require.Contains(t, got, "FOREIGN KEY (booking_id) REFERENCES bookings(id) ON DELETE CASCADE")
+		require.Equal(t, 1, strings.Count(got, "CREATE UNIQUE INDEX uq_"))
+		require.NotContains(t, got, "outbox_notifications_key")
+
+		for key, want := range map[outbox.Key]outbox.Outcome{
+			{Type: "reject", BookingID: 1, CandidateTgID: 42}: outbox.OutcomeRefreshed,
+			{Type: "reject", BookingID: 1}:                    outbox.OutcomeRefreshed,
+			{Type: "digest"}:                                  outbox.OutcomeExisting,
+			{Type: "digest", BookingID: 2}:                    outbox.OutcomeCreated,
+			{Type: "digest", CandidateTgID: -100}:             outbox.OutcomeCreated,
+		} {
+			n := outbox.NewNotification{Type: key.Type, BookingID: key.BookingID, CandidateTgID: key.CandidateTgID}
+			require.Equal(t, want, db.add(t, n).Outcome, key)
+		}
+		// the payload that Python spelled with a blank is the same content
+		n := rejected
+		n.BookingID = 1
+		require.EqualValues(t, 1, db.add(t, n).Notification.Version)
+
+		// the Python service goes on
+		db.exec(t, pythonInsert, 3, "reject", 43)
+		db.exec(t, "INSERT INTO outbox_notifications (type, payload_json, recruiter_tg_id, created_at, booking_id, candidate_tg_id) "+
+			"VALUES ('reject', '{}', 1, now(), 3, 43) ON CONFLICT ON CONSTRAINT uq_outbox_type_booking_candidate DO NOTHING")
+		require.Equal(t, outbox.OutcomeRefreshed, db.add(t, outbox.NewNotification{Type: "reject", BookingID: 3, CandidateTgID: 43}).Outcome)
+	})
+
+	t.Run("goes_on_beside_a_service_that_inserts_and_reads", func(t *testing.T) {
+		t.Parallel()
+		db := newEmptyDB(t)
+		db.exec(t, pythonTable)
+		ctx, stop := context.WithCancel(t.Context())
+		defer stop()
+		inserted := make(chan int, 1)
+		var waits []<-chan result[int]
+		for worker := range 4 {
+			waits = append(waits, later(func() (int, error) {
+				for i := 1; ; i++ {
+					if worker%2 == 0 {
+						if _, err := db.Exec(t.Context(), pythonInsert, 1+i%100, fmt.Sprintf("t%d.%d", worker, i), i); err != nil {
+							return i, err
+						}
+					} else if _, err := db.Exec(t.Context(), pythonSelect); err != nil {
+						return i, err
+					}
+					select {
+					case inserted <- i:
+					default:
+					}
+					if ctx.Err() != nil {
+						return i, nil
+					}
+				}
+			}))
+		}
+		<-inserted
+		require.NoError(t, outbox.Migrate(t.Context(), db.Pool))
+		<-inserted
+		<-inserted
+		stop()
+		total := 0
+		for worker, c := range waits {
+			n, err := await(t, c)
+			require.NoError(t, err)
+			if worker%2 == 0 {
+				total += n
+			}
+		}
+		require.Equal(t, total, db.count(t))
+	})
+
+	t.Run("refuses_shared_keys_and_changes_nothing", func(t *testing.T) {
+		t.Parallel()
+		db := newEmptyDB(t)
+		db.exec(t, pythonTable)
+		for range 2 {
+			db.exec(t, pythonInsert, 1, "reject", nil)
+			db.exec(t, pythonInsert, nil, "di'gest", nil)
+			db.exec(t, pythonInsert, nil, "reject", 42)
+		}
+		db.exec(t, pythonInsert, 2, "reject", 42)
+		before := describe(t, db)
+		err := outbox.Migrate(t.Context(), db.Pool)
+		require.ErrorContains(t, err, "3 keys are shared by more than one row")
+		require.ErrorContains(t, err, "type 'reject', booking_id 1, candidate_tg_id NULL: 2 rows, id 1, 4")
+		require.ErrorContains(t, err, "type 'di''gest', booking_id NULL, candidate_tg_id NULL: 2 rows, id 2, 5")
+		require.ErrorContains(t, err, "type 'reject', booking_id NULL, candidate_tg_id 42: 2 rows, id 3, 6")
+		require.NotContains(t, err.Error(), "booking_id 2")
+		require.ErrorContains(t, err, "Keep one row of each key")
+		require.Equal(t, before, describe(t, db))
+		require.Equal(t, 7, db.count(t))
+
+		db.exec(t, "DELETE FROM outbox_notifications WHERE id > 3")
+		require.NoError(t, outbox.Migrate(t.Context(), db.Pool))
+	})
+
+	t.Run("lists_at_most_a_hundred_shared_keys", func(t *testing.T) {
+		t.Parallel()
+		db := newEmptyDB(t)
+		db.exec(t, pythonTable)
+		db.exec(t, `INSERT INTO outbox_notifications (type, payload_json, recruiter_tg_id, created_at)
+			SELECT 't' || i % 150, '{}', 1, now() FROM generate_series(0, 4499) i`)
+		err := outbox.Migrate(t.Context(), db.Pool)
+		require.ErrorContains(t, err, "150 keys are shared")
+		require.ErrorContains(t, err, "30 rows, id 1, 151, ")
+		require.ErrorContains(t, err, "and 50 more keys")
+		require.Equal(t, 100, strings.Count(err.Error(), "30 rows, id"))
+	})
+
+	t.Run("lists_columns_that_cannot_serve", func(t *testing.T) {
+		t.Parallel()
+		db := newEmptyDB(t)
+		db.exec(t, `CREATE TABLE outbox_notifications (id uuid PRIMARY KEY, booking_id text, type varchar(20), payload_json jsonb,
+			candidate_tg_id integer, recruiter_tg_id bigint, status varchar(20), attempts integer, created_at timestamp,
+			locked_at timestamptz, next_retry_at timestamptz, correlation_id varchar(64), receipt integer, tenant_id integer NOT NULL)`)
+		before := describe(t, db)
+		err := outbox.Migrate(t.Context(), db.Pool)
+		for _, complaint := range []string{
+			"column booking_id is text, not int4 or int8", "column candidate_tg_id is integer, not int8",
+			"column created_at is timestamp without time zone, not timestamptz", "column id is uuid, not int4 or int8",
+			"column last_error is missing", "column payload_json is jsonb, not json", "column receipt is integer, not text",
+			"column tenant_id is NOT NULL without a default", "column type is character varying(20), too short for 50 characters",
+		} {
+			require.ErrorContains(t, err, complaint)
+		}
+		require.Equal(t, before, describe(t, db))
+
+		db.exec(t, "DROP TABLE outbox_notifications; CREATE VIEW outbox_notifications AS SELECT 1 AS id")
+		require.ErrorContains(t, outbox.Migrate(t.Context(), db.Pool), "not an ordinary table")
+	})
+
+	t.Run("refuses_rows_without_a_type_or_a_status", func(t *testing.T) {
+		t.Parallel()
+		db := newEmptyDB(t)
+		db.exec(t, pythonTable+`; ALTER TABLE outbox_notifications ALTER status DROP NOT NULL`)
+		db.exec(t, pythonInsert, 1, "reject", nil)
+		db.exec(t, "UPDATE outbox_notifications SET status = NULL")
+		require.ErrorContains(t, outbox.Migrate(t.Context(), db.Pool), "1 rows have no type or no status")
+	})
+
+	t.Run("uses_an_index_built_beforehand", func(t *testing.T) {
+		t.Parallel()
+		db := newEmptyDB(t)
+		db.exec(t, pythonTable)
+		db.exec(t, "CREATE UNIQUE INDEX CONCURRENTLY outbox_notifications_key ON outbox_notifications (type, booking_id, candidate_tg_id) NULLS NOT DISTINCT")
+		filenode := one[uint32](t, db, "SELECT relfilenode FROM pg_class WHERE relname = 'outbox_notifications_key'")
+		require.NoError(t, outbox.Migrate(t.Context(), db.Pool))
+		require.Equal(t, filenode, one[uint32](t, db, "SELECT relfilenode FROM pg_class WHERE relname = 'uq_outbox_type_booking_candidate'"))
+	})
+
+	t.Run("replaces_an_index_that_failed_to_build", func(t *testing.T) {
+		t.Parallel()
+		db := newEmptyDB(t)
+		db.exec(t, pythonTable)
+		db.exec(t, pythonInsert, 1, "reject", nil)
+		db.exec(t, pythonInsert, 1, "reject", nil)
+		_, err := db.Exec(t.Context(), "CREATE UNIQUE INDEX CONCURRENTLY outbox_notifications_key ON outbox_notifications (type, booking_id, candidate_tg_id) NULLS NOT DISTINCT")
+		require.Equal(t, "23505", sqlState(t, err))
+		db.exec(t, "DELETE FROM outbox_notifications WHERE id = 2")
+		require.NoError(t, outbox.Migrate(t.Context(), db.Pool))
+		require.Equal(t, outbox.OutcomeRefreshed, db.add(t, outbox.NewNotification{Type: "reject", BookingID: 1}).Outcome)
+	})
+
+	t.Run("leaves_a_constraint_that_a_foreign_key_needs", func(t *testing.T) {
+		t.Parallel()
+		db := newEmptyDB(t)
+		db.exec(t, pythonTable)
+		db.exec(t, `CREATE TABLE receipts (type varchar(50), booking_id integer, candidate_tg_id bigint,
+			FOREIGN KEY (type, booking_id, candidate_tg_id) REFERENCES outbox_notifications (type, booking_id, candidate_tg_id))`)
+		require.NoError(t, outbox.Migrate(t.Context(), db.Pool))
+		require.Contains(t, describe(t, db), "uq_outbox_type_booking_candidate UNIQUE (type, booking_id, candidate_tg_id)")
+		for range 3 {
+			db.add(t, outbox.NewNotification{Type: "reject", BookingID: 1})
+			db.add(t, outbox.NewNotification{Type: "reject", BookingID: 1, CandidateTgID: 2})
+		}
+		require.Equal(t, 2, db.count(t))
+	})
+
+	t.Run("refuses_a_booking_id_that_an_integer_column_cannot_hold", func(t *testing.T) {
+		t.Parallel()
+		db := newEmptyDB(t)
+		db.exec(t, pythonTable)
+		require.NoError(t, outbox.Migrate(t.Context(), db.Pool))
+		tx := db.begin(t)
+		for _, id := range []int64{1 << 31, -1<<31 - 1} {
+			_, err := db.store.AddNotification(t.Context(), tx, outbox.NewNotification{Type: "a", BookingID: id})
+			requireInvalid(t, err, "BookingID", -1, "wide id")
+			_, err = db.store.AddNotifications(t.Context(), tx, []outbox.NewNotification{{Type: "a"}, {Type: "a", BookingID: id}})
+			requireInvalid(t, err, "BookingID", 1, "wide id")
+			_, err = db.store.Get(t.Context(), outbox.Key{Type: "a", BookingID: id})
+			require.ErrorIs(t, err, outbox.ErrNotFound)
+		}
+		_, err := db.store.AddNotification(t.Context(), tx, outbox.NewNotification{Type: "a"})
+		require.NoError(t, err)
+		require.NoError(t, tx.Commit(t.Context()))
+	})
+}

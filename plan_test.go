@@ -1,0 +1,115 @@
+package outbox_test
+
+import (
+	"encoding/json"
+	"fmt"
+	"strings"
+	"testing"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/stretchr/testify/require"
+
+	"github.com/seed3357934d/outbox"
+)
+
+// planNode is what EXPLAIN (FORMAT JSON) says of a node, as far as asked here.
+type planNode struct {
+	Type      string     `json:"Node Type"`
+	Relation  string     `json:"Relation Name"`
+	Index     string     `json:"Index Name"`
+	IndexCond string     `json:"Index Cond"`
+	Filter    string     `json:"Filter"`
+	Plans     []planNode `json:"Plans"`
+}
+
+// scans returns the nodes that read the table.
+func (n planNode) scans() []planNode {
+	var found []planNode
+	if strings.Contains(n.Type, "Scan") && n.Relation == "outbox_notifications" {
+		found = append(found, n)
+	}
+	for _, sub := range n.Plans {
+		found = append(found, sub.scans()...)
+	}
+	return found
+}
+
+// TestPlan shows on 1,000,000 rows that every scan of the table, in plans for
+// given values and in the generic plan alike, is an index scan on the whole key
+// or on the id.
+func TestPlan(t *testing.T) {
+	t.Parallel()
+	db := newDB(t)
+	// Many bookings, many rows without a booking or without a candidate, mostly sent.
+	db.exec(t, `INSERT INTO outbox_notifications (type, booking_id, candidate_tg_id, status)
+		SELECT 'type' || i % 5, CASE WHEN i % 10 < 8 THEN i END, CASE WHEN i % 10 <> 1 THEN i + 1000000000 END,
+			CASE WHEN i % 100 = 0 THEN 'pending' ELSE 'sent' END
+		FROM generate_series(1, 1000000) i WHERE NOT (i % 10 >= 8 AND i % 10 = 1)`)
+	db.exec(t, "VACUUM ANALYZE outbox_notifications")
+
+	explain := func(t *testing.T, tx pgx.Tx, sql string) planNode {
+		var doc []struct{ Plan planNode }
+		require.NoError(t, json.Unmarshal(one[json.RawMessage](t, tx, "EXPLAIN (FORMAT JSON) "+sql), &doc))
+		return doc[0].Plan
+	}
+	requireIndexes := func(t *testing.T, plan planNode, key outbox.Key) {
+		scans := plan.scans()
+		require.NotEmpty(t, scans)
+		byKey := 0
+		for _, s := range scans {
+			require.Contains(t, s.Type, "Index", "%+v", s)
+			switch s.Index {
+			case "outbox_notifications_pkey":
+				require.Contains(t, s.IndexCond, "id = ")
+			case "outbox_notifications_key":
+				byKey++
+				for column, absent := range map[string]bool{"type": false, "booking_id": key.BookingID == 0, "candidate_tg_id": key.CandidateTgID == 0} {
+					want := column
+					if absent {
+						want += " IS NULL"
+					}
+					require.Contains(t, s.IndexCond, want)
+				}
+			default:
+				require.Fail(t, "another index", "%+v", s)
+			}
+		}
+		require.NotZero(t, byKey)
+	}
+	for _, key := range []outbox.Key{{Type: "type1", BookingID: 11, CandidateTgID: 1000000011}, {Type: "type1", BookingID: 11},
+		{Type: "type3", CandidateTgID: 1000000008}, {Type: "type1"}} {
+		for _, mode := range []string{"force_custom_plan", "force_generic_plan"} {
+			t.Run(fmt.Sprintf("%s/%s", strings.ReplaceAll(key.String(), `"`, ""), mode), func(t *testing.T) {
+				tx := db.begin(t)
+				_, err := tx.Exec(t.Context(), "SET LOCAL plan_cache_mode = "+mode)
+				require.NoError(t, err)
+				booking, candidate := "NULL", "NULL"
+				if key.BookingID != 0 {
+					booking = fmt.Sprint(key.BookingID)
+				}
+				if key.CandidateTgID != 0 {
+					candidate = fmt.Sprint(key.CandidateTgID)
+				}
+				_, err = tx.Exec(t.Context(), "PREPARE add AS "+db.store.AddSQL(key))
+				require.NoError(t, err)
+				requireIndexes(t, explain(t, tx, fmt.Sprintf("EXECUTE add ('%s', %s, %s, NULL, '{\"a\": 1}', NULL, NULL, NULL)",
+					key.Type, booking, candidate)), key)
+
+				array := func(v string) string { return "array_fill(" + v + ", ARRAY[1000])" }
+				_, err = tx.Exec(t.Context(), "PREPARE insert_many AS "+db.store.InsertManySQL(key))
+				require.NoError(t, err)
+				columns := strings.Join([]string{array("'" + key.Type + "'::text"), array(booking + "::bigint"), array(candidate + "::bigint"),
+					array("NULL::bigint"), array("'1'::text"), array("NULL::text"), array("NULL::timestamptz"), array("NULL::timestamptz")}, ", ")
+				requireIndexes(t, explain(t, tx, "EXECUTE insert_many ("+columns+", "+array("1::bigint")+")"), key)
+
+				_, err = tx.Exec(t.Context(), "PREPARE refresh_many AS "+db.store.RefreshManySQL(key))
+				require.NoError(t, err)
+				requireIndexes(t, explain(t, tx, "EXECUTE refresh_many ("+columns+", "+strings.Join([]string{array("NULL::bigint"),
+					array("'1'::text"), array("true"), array("0::bigint")}, ", ")+")"), key)
+				_, err = tx.Exec(t.Context(), "DEALLOCATE add; DEALLOCATE insert_many; DEALLOCATE refresh_many") // they outlive the transaction
+				require.NoError(t, err)
+				require.NoError(t, tx.Rollback(t.Context()))
+			})
+		}
+	}
+}

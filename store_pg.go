@@ -1,0 +1,450 @@
+package outbox
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math"
+	"strings"
+	"sync/atomic"
+	"time"
+	"unicode/utf8"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgtype"
+	"github.com/jackc/pgx/v5/pgxpool"
+)
+
+const (
+	defaultSchema = "public"
+	tableName     = "outbox_notifications"
+
+	maxTypeChars          = 50 // type is varchar(50)
+	maxCorrelationIDChars = 64 // correlation_id is varchar(64)
+	maxIdentifierBytes    = 63 // PostgreSQL cuts longer names off: NAMEDATALEN - 1
+)
+
+// Config configures a [PGStore]. The zero value is ready for use.
+type Config struct {
+	// Schema holds the table. "" is public. It need not be on the search_path.
+	Schema string
+
+	// Logger receives what an operator may want to know, such as a repeat that
+	// found its notification sent already (Info). nil is slog.Default().
+	Logger *slog.Logger
+
+	// MaxPayloadBytes is the longest payload accepted, as JSON text. 0 is
+	// 1 MiB; at most 16 MiB, so that jsonb can take any document of that size.
+	MaxPayloadBytes int
+}
+
+// PGStore is the outbox in PostgreSQL. It implements [Store] on the caller's
+// transactions; its other methods run on its own pool. It is safe for
+// concurrent use, starts no goroutine and needs no closing.
+type PGStore struct {
+	pool            *pgxpool.Pool
+	logger          *slog.Logger
+	schema          string
+	table           string // quoted and qualified
+	maxPayloadBytes int
+	sql             statements
+
+	// wideBookingID is set once booking_id is known to be a bigint. See fits.
+	wideBookingID atomic.Bool
+}
+
+var _ Store = (*PGStore)(nil)
+
+// NewPGStore returns a store on the table outbox_notifications in cfg.Schema.
+// It runs no SQL: a table that is missing shows at the first call, see
+// [Migrate]. The pool stays the caller's to close. A bad argument is an
+// [InvalidError].
+func NewPGStore(pool *pgxpool.Pool, cfg Config) (*PGStore, error) {
+	if pool == nil {
+		return nil, invalid("pool", "nil")
+	}
+	schema := cfg.Schema
+	if schema == "" {
+		schema = defaultSchema
+	}
+	if reason := badText(schema); reason != "" {
+		return nil, invalid("Schema", "%s", reason)
+	}
+	if len(schema) > maxIdentifierBytes {
+		return nil, invalid("Schema", "%d bytes, over PostgreSQL's limit of %d", len(schema), maxIdentifierBytes)
+	}
+	maxPayload := cfg.MaxPayloadBytes
+	if maxPayload == 0 {
+		maxPayload = defaultMaxPayloadBytes
+	}
+	if maxPayload < 0 || maxPayload > maxMaxPayloadBytes {
+		return nil, invalid("MaxPayloadBytes", "%d is not between 1 and %d", maxPayload, maxMaxPayloadBytes)
+	}
+	logger := cfg.Logger
+	if logger == nil {
+		logger = slog.Default()
+	}
+	table := pgx.Identifier{schema, tableName}.Sanitize()
+	return &PGStore{
+		pool:            pool,
+		logger:          logger,
+		schema:          schema,
+		table:           table,
+		maxPayloadBytes: maxPayload,
+		sql:             prepare(table),
+	}, nil
+}
+
+// statements are the texts of all statements with the table's name put in.
+// Those that look a key up come once for each shape of a key.
+type statements struct {
+	add     [keyShapes]string
+	insert  [keyShapes]string
+	refresh [keyShapes]string
+	get     [keyShapes]string
+}
+
+// A key's shape is which of its parts are absent. PostgreSQL's planner uses an
+// index for "= $2" and for "IS NULL", but not for "IS NOT DISTINCT FROM $2", so
+// each shape has its own text.
+const (
+	noBooking   = 1
+	noCandidate = 2
+	keyShapes   = 4
+)
+
+func (k Key) shape() int {
+	shape := 0
+	if k.BookingID == 0 {
+		shape |= noBooking
+	}
+	if k.CandidateTgID == 0 {
+		shape |= noCandidate
+	}
+	return shape
+}
+
+func prepare(table string) statements {
+	var st statements
+	for shape := range keyShapes {
+		one := "type = $1::text AND booking_id = $2::bigint AND candidate_tg_id = $3::bigint"
+		many := "o.type = i.type AND o.booking_id = i.booking_id AND o.candidate_tg_id = i.candidate_tg_id"
+		if shape&noBooking != 0 {
+			one = strings.Replace(one, "booking_id = $2::bigint", "booking_id IS NULL AND $2::bigint IS NULL", 1)
+			many = strings.Replace(many, "o.booking_id = i.booking_id", "o.booking_id IS NULL", 1)
+		}
+		if shape&noCandidate != 0 {
+			one = strings.Replace(one, "candidate_tg_id = $3::bigint", "candidate_tg_id IS NULL AND $3::bigint IS NULL", 1)
+			many = strings.Replace(many, "o.candidate_tg_id = i.candidate_tg_id", "o.candidate_tg_id IS NULL", 1)
+		}
+		fill := strings.NewReplacer("{table}", table, "{key}", one, "{keys}", many)
+		st.add[shape] = fill.Replace(addSQL)
+		st.insert[shape] = fill.Replace(insertManySQL)
+		st.refresh[shape] = fill.Replace(refreshManySQL)
+		st.get[shape] = fill.Replace(getSQL)
+	}
+	return st
+}
+
+// rowColumns is what scanRow reads.
+const rowColumns = `id, type, booking_id, candidate_tg_id, recruiter_tg_id, payload_json, correlation_id,
+	status, attempts, version, sent_version, receipt, last_error,
+	created_at, locked_at, next_retry_at, not_after, sent_at`
+
+// input is a NewNotification that has passed check, as PostgreSQL will see it.
+type input struct {
+	key                 Key
+	recruiter           int64     // 0: not given
+	payload             []byte    // nil: not given
+	correlation         string    // "": not given
+	notBefore, notAfter time.Time // zero: not given
+}
+
+// check finds everything that PostgreSQL would refuse, so that no statement
+// fails on account of its input and costs the caller the transaction.
+func (s *PGStore) check(n NewNotification) (input, *InvalidError) {
+	if n.Type == "" {
+		return input{}, invalid("Type", "empty")
+	}
+	if reason := badText(n.Type); reason != "" {
+		return input{}, invalid("Type", "%s", reason)
+	}
+	if chars := utf8.RuneCountInString(n.Type); chars > maxTypeChars {
+		return input{}, invalid("Type", "%d characters, over the limit of %d", chars, maxTypeChars)
+	}
+	if reason := badText(n.CorrelationID); reason != "" {
+		return input{}, invalid("CorrelationID", "%s", reason)
+	}
+	if chars := utf8.RuneCountInString(n.CorrelationID); chars > maxCorrelationIDChars {
+		return input{}, invalid("CorrelationID", "%d characters, over the limit of %d", chars, maxCorrelationIDChars)
+	}
+	if badTime(n.NotBefore) {
+		return input{}, invalid("NotBefore", "the year %d is not between 1 and 9999", n.NotBefore.Year())
+	}
+	if badTime(n.NotAfter) {
+		return input{}, invalid("NotAfter", "the year %d is not between 1 and 9999", n.NotAfter.Year())
+	}
+	in := input{
+		key:         n.Key(),
+		recruiter:   n.RecruiterTgID,
+		correlation: n.CorrelationID,
+		notBefore:   n.NotBefore.Truncate(time.Microsecond),
+		notAfter:    n.NotAfter.Truncate(time.Microsecond),
+	}
+	if !in.notAfter.IsZero() && in.notAfter.Before(in.notBefore) {
+		return input{}, invalid("NotAfter", "%s is before NotBefore %s",
+			n.NotAfter.Format(time.RFC3339Nano), n.NotBefore.Format(time.RFC3339Nano))
+	}
+	var err *InvalidError
+	if in.payload, err = encodePayload(n.Payload, s.maxPayloadBytes); err != nil {
+		return input{}, err
+	}
+	return in, nil
+}
+
+// badText says why PostgreSQL would refuse s as text in UTF-8; "" if it would not.
+func badText(s string) string {
+	switch {
+	case strings.IndexByte(s, 0) >= 0:
+		return "a NUL byte, which PostgreSQL's text cannot hold"
+	case !utf8.ValidString(s):
+		return "not valid UTF-8"
+	}
+	return ""
+}
+
+// badTime reports whether t is outside what timestamptz and every client of the
+// table can represent. In UTC, as an offset may carry a time over the edge.
+func badTime(t time.Time) bool {
+	year := t.UTC().Year()
+	return year < 1 || year > 9999
+}
+
+// isNil reports whether tx is no transaction at all.
+func isNil(tx pgx.Tx) bool {
+	if p, ok := tx.(*pgxpool.Tx); ok {
+		return p == nil
+	}
+	return tx == nil
+}
+
+// addSQL adds one notification in one statement.
+//
+// $1 type, $2 booking_id, $3 candidate_tg_id (NULL where the key has none),
+// $4 recruiter_tg_id, $5 payload as text, $6 correlation_id, $7 not before,
+// $8 not after (NULL: not given).
+//
+// found locks the row of the key whatever its status, so that neither another
+// add nor a settle changes it between here and the caller's commit. Under READ
+// COMMITTED it waits for a rival and then sees what the rival left. refresh says
+// what a refresh of it means: nothing for a row that is not pending. refreshed
+// writes only if something changes; in_flight is worked out after the lock is
+// held, by the clock and not by the transaction's start, which may be long ago.
+// A lease that has expired, and a lock without a token, is cleared.
+//
+// created inserts if nothing was found. FOR UPDATE cannot lock a row that does
+// not exist, so a rival may have inserted it meanwhile: ON CONFLICT waits for
+// that rival, then does nothing, and the statement returns no row at all. The
+// snapshot is too old to see the rival's row; a new statement sees it. The
+// conflict target is named so that no other unique violation is swallowed.
+// Where a row was found no id is drawn from the sequence, which may be that of an
+// integer column.
+//
+// Functions are qualified: the search_path is the caller's.
+const addSQL = `
+WITH found AS MATERIALIZED (
+	SELECT ` + rowColumns + `, lease_token, lease_until
+	FROM {table}
+	WHERE {key}
+	FOR UPDATE
+), refresh AS MATERIALIZED (
+	SELECT found_id, in_flight, recruiter_changed, payload_changed,
+		recruiter_changed OR payload_changed
+		OR correlation_id IS DISTINCT FROM coalesce($6::text, correlation_id)
+		OR not_after IS DISTINCT FROM coalesce($8::timestamptz, not_after)
+		OR next_retry_at IS DISTINCT FROM $7::timestamptz
+		OR NOT in_flight AND (attempts IS DISTINCT FROM 0 OR pg_catalog.num_nonnulls(locked_at, lease_token, lease_until) > 0)
+		AS dirty
+	FROM (
+		SELECT id AS found_id, correlation_id, not_after, next_retry_at, attempts, locked_at, lease_token, lease_until,
+			lease_token IS NOT NULL AND coalesce(lease_until > pg_catalog.clock_timestamp(), false) AS in_flight,
+			recruiter_tg_id IS DISTINCT FROM coalesce($4::bigint, recruiter_tg_id) AS recruiter_changed,
+			` + payloadChangedSQL + ` AS payload_changed
+		FROM found, (SELECT $5::text) AS given (payload)
+		WHERE status = 'pending'
+	) AS pending
+), refreshed AS (
+	UPDATE {table} SET
+		recruiter_tg_id = coalesce($4::bigint, recruiter_tg_id),
+		payload_json    = CASE WHEN payload_changed THEN $5::text::json ELSE payload_json END,
+		correlation_id  = coalesce($6::text, correlation_id),
+		next_retry_at   = $7::timestamptz,
+		not_after       = coalesce($8::timestamptz, not_after),
+		version         = version + (recruiter_changed OR payload_changed)::int,
+		attempts        = CASE WHEN in_flight THEN attempts ELSE 0 END,
+		locked_at       = CASE WHEN in_flight THEN locked_at END,
+		lease_token     = CASE WHEN in_flight THEN lease_token END,
+		lease_until     = CASE WHEN in_flight THEN lease_until END
+	FROM refresh
+	WHERE id = found_id AND dirty
+	RETURNING ` + rowColumns + `, in_flight
+), created AS (
+	INSERT INTO {table} (type, booking_id, candidate_tg_id, recruiter_tg_id, payload_json, correlation_id,
+		status, attempts, created_at, next_retry_at, not_after)
+	SELECT $1::text, $2::bigint, $3::bigint, $4::bigint, $5::text::json, $6::text,
+		'pending', 0, pg_catalog.now(), $7::timestamptz, $8::timestamptz
+	WHERE NOT EXISTS (SELECT FROM found)
+	ON CONFLICT (type, booking_id, candidate_tg_id) DO NOTHING
+	RETURNING ` + rowColumns + `
+)
+SELECT 'created', false, ` + rowColumns + ` FROM created
+UNION ALL
+SELECT 'refreshed', in_flight, ` + rowColumns + ` FROM refreshed
+UNION ALL
+SELECT CASE WHEN found_id IS NULL THEN 'existing' ELSE 'refreshed' END, coalesce(in_flight, false), ` + rowColumns + `
+FROM found LEFT JOIN refresh ON found_id = id
+WHERE NOT EXISTS (SELECT FROM refreshed)`
+
+// payloadChangedSQL compares the stored payload_json with given.payload, text
+// or NULL for not given, as jsonb. The column is json, and another service may
+// have stored what jsonb refuses (\u0000, lone surrogates, numbers out of range,
+// deep nesting): casting that would abort the caller's transaction. So a stored
+// payload whose text differs and that may hold such a thing counts as changed.
+const payloadChangedSQL = `CASE
+			WHEN given.payload IS NULL OR payload_json::text = given.payload THEN false
+			WHEN payload_json IS NULL OR ` + maybeNotJSONBSQL + ` THEN true
+			ELSE payload_json::jsonb <> given.payload::jsonb
+			END`
+
+// maybeNotJSONBSQL is true of every json that jsonb refuses, and of little else:
+// NUL; a backslash before what looks like a surrogate; a high surrogate without
+// a low one and the reverse; long numbers and exponents; more than 1,000 opening
+// brackets. The string is an E” so that standard_conforming_strings does not
+// matter.
+const maybeNotJSONBSQL = `(payload_json::text ~ E'\\\\u0000'
+				'|\\\\\\\\u[dD]'
+				'|\\\\u[dD][89abAB]..(?!\\\\u[dD][c-fC-F])'
+				'|(?<!\\\\u[dD][89abAB]..)\\\\u[dD][c-fC-F]'
+				'|[0-9]{250}'
+				'|(^|[\\s:,[])-?[0-9]+(\\.[0-9]+)?[eE][+-]?[0-9]{4}'
+			OR pg_catalog.length(payload_json::text) - pg_catalog.length(pg_catalog.translate(payload_json::text, '[{', '')) > 1000)`
+
+// maxLookups bounds how often an add looks again. Each further look takes a
+// rival that created the row and another that deleted it, both within one
+// statement of ours.
+const maxLookups = 10
+
+// AddNotification implements [Store].
+func (s *PGStore) AddNotification(ctx context.Context, tx pgx.Tx, n NewNotification) (AddResult, error) {
+	if isNil(tx) {
+		return AddResult{}, invalid("tx", "nil")
+	}
+	in, bad := s.check(n)
+	if bad != nil {
+		return AddResult{}, bad
+	}
+	if bad, err := s.fits(ctx, tx, in.key); err != nil {
+		return AddResult{}, s.explain("add notification "+in.key.String(), err)
+	} else if bad != nil {
+		return AddResult{}, bad
+	}
+	for range maxLookups {
+		res, err := scanAdd(tx.QueryRow(ctx, s.sql.add[in.key.shape()],
+			in.key.Type, int8OrNull(in.key.BookingID), int8OrNull(in.key.CandidateTgID),
+			int8OrNull(in.recruiter), textOrNull(string(in.payload)), textOrNull(in.correlation),
+			timeOrNull(in.notBefore), timeOrNull(in.notAfter)))
+		switch {
+		case errors.Is(err, pgx.ErrNoRows):
+			continue // a rival created the row after our snapshot was taken
+		case err != nil:
+			return AddResult{}, s.explain("add notification "+in.key.String(), err)
+		}
+		s.logExisting(ctx, res)
+		return res, nil
+	}
+	return AddResult{}, fmt.Errorf("outbox: add notification %s: the row was created and deleted by others %d times in a row",
+		in.key, maxLookups)
+}
+
+// logExisting tells the operator that a repeat found its notification settled.
+func (s *PGStore) logExisting(ctx context.Context, res AddResult) {
+	if res.Outcome != OutcomeExisting {
+		return
+	}
+	n := res.Notification
+	s.logger.LogAttrs(ctx, slog.LevelInfo, "outbox: notification exists, left as it is",
+		slog.Int64("id", n.ID), slog.String("type", n.Type), slog.Int64("booking_id", n.BookingID),
+		slog.Int64("candidate_tg_id", n.CandidateTgID), slog.String("status", string(n.Status)),
+		slog.String("correlation_id", n.CorrelationID))
+}
+
+// fitsSQL tells whether booking_id is a bigint; no row if there is no table.
+const fitsSQL = `SELECT atttypid = 'pg_catalog.int8'::pg_catalog.regtype FROM pg_catalog.pg_attribute
+WHERE attrelid = pg_catalog.to_regclass($1::text) AND attname = 'booking_id'`
+
+// fits refuses a booking id that the column cannot hold. A table that was taken
+// over may have an integer column, where such an id would be an error in SQL and
+// abort the transaction. Only ids beyond an integer cost a look at the catalog,
+// and once the column is known to be wide, none does.
+func (s *PGStore) fits(ctx context.Context, tx pgx.Tx, k Key) (*InvalidError, error) {
+	if math.MinInt32 <= k.BookingID && k.BookingID <= math.MaxInt32 || s.wideBookingID.Load() {
+		return nil, nil
+	}
+	var wide bool
+	err := tx.QueryRow(ctx, fitsSQL, s.table).Scan(&wide)
+	switch {
+	case errors.Is(err, pgx.ErrNoRows):
+		return nil, nil // no table: the statement to come says so
+	case err != nil:
+		return nil, err
+	case !wide:
+		return invalid("BookingID", "%d does not fit the column booking_id of %s, which is an integer", k.BookingID, s.table), nil
+	}
+	s.wideBookingID.Store(true)
+	return nil, nil
+}
+
+func int8OrNull(v int64) pgtype.Int8  { return pgtype.Int8{Int64: v, Valid: v != 0} }
+func textOrNull(v string) pgtype.Text { return pgtype.Text{String: v, Valid: v != ""} }
+func timeOrNull(v time.Time) pgtype.Timestamptz {
+	return pgtype.Timestamptz{Time: v, Valid: !v.IsZero()}
+}
+
+// scanAdd reads an outcome, in_flight and rowColumns.
+func scanAdd(row pgx.Row) (AddResult, error) {
+	var res AddResult
+	err := scanRow(row, &res.Notification, (*string)(&res.Outcome), &res.InFlight)
+	return res, err
+}
+
+// scanRow reads what stands before rowColumns into before, then those into n.
+func scanRow(row pgx.Row, n *Notification, before ...any) error {
+	var (
+		booking, candidate, recruiter            pgtype.Int8
+		typ, status, correlation                 pgtype.Text
+		receipt, lastError                       pgtype.Text
+		attempts                                 pgtype.Int4
+		created, locked, retry, notAfter, sentAt pgtype.Timestamptz
+	)
+	err := row.Scan(append(before, &n.ID, &typ, &booking, &candidate, &recruiter, (*[]byte)(&n.Payload), &correlation,
+		&status, &attempts, &n.Version, &n.SentVersion, &receipt, &lastError,
+		&created, &locked, &retry, &notAfter, &sentAt)...)
+	if err != nil {
+		return err
+	}
+	n.Type, n.Status = typ.String, Status(status.String)
+	n.BookingID, n.CandidateTgID, n.RecruiterTgID = booking.Int64, candidate.Int64, recruiter.Int64
+	n.CorrelationID, n.Receipt, n.LastError = correlation.String, receipt.String, lastError.String
+	n.Attempts = int(attempts.Int32)
+	n.CreatedAt, n.LockedAt, n.NextRetryAt = utc(created), utc(locked), utc(retry)
+	n.NotAfter, n.SentAt = utc(notAfter), utc(sentAt)
+	return nil
+}
+
+func utc(t pgtype.Timestamptz) time.Time {
+	if !t.Valid {
+		return time.Time{}
+	}
+	return t.Time.UTC()
+}

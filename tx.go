@@ -1,0 +1,117 @@
+package outbox
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/jackc/pgx/v5/pgxpool"
+)
+
+// SQLSTATE codes that are told apart here.
+const (
+	codeReadOnly             = "25006"
+	codeAborted              = "25P02"
+	codeSerializationFailure = "40001"
+	codeDeadlock             = "40P01"
+	codeNoPrivilege          = "42501"
+	codeNoColumn             = "42703"
+	codeNoTable              = "42P01"
+	codeNoKey                = "42P10"
+	codeLockTimeout          = "55P03"
+	codeCancelled            = "57014"
+)
+
+// IsRetryable reports whether err is PostgreSQL's word that the transaction as
+// a whole should be run again from its start: a serialization failure (40001)
+// or a deadlock (40P01). It is false once err also says that a context ended.
+func IsRetryable(err error) bool {
+	if errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
+		return false
+	}
+	code := sqlState(err)
+	return code == codeSerializationFailure || code == codeDeadlock
+}
+
+func sqlState(err error) string {
+	var pg *pgconn.PgError
+	if errors.As(err, &pg) {
+		return pg.Code
+	}
+	return ""
+}
+
+const (
+	maxTxRuns  = 10
+	minTxPause = 10 * time.Millisecond
+	maxTxPause = time.Second
+)
+
+// RunInTx runs fn in a transaction on pool and commits it. When fn or the commit
+// fails with an error that [IsRetryable], it rolls back, pauses for a random
+// time that grows from 10 ms to 1 s, and runs fn again in a new transaction, ten
+// times at most. fn must therefore be safe to run again: what it does outside the
+// transaction it does once for each run.
+//
+// Any other error of fn is returned as it is after a rollback. A panic in fn
+// rolls back and goes on up. fn must neither commit nor roll back. An error of
+// the connection is not retried, since whether a commit that it cut off took
+// effect is unknown; an idempotent fn may be run again by the caller.
+//
+// When ctx ends in a pause, the error has both ctx's error and the last one.
+func RunInTx(ctx context.Context, pool *pgxpool.Pool, opts pgx.TxOptions, fn func(pgx.Tx) error) error {
+	if pool == nil {
+		return invalid("pool", "nil")
+	}
+	if fn == nil {
+		return invalid("fn", "nil")
+	}
+	pause := minTxPause
+	for run := 1; ; run++ {
+		err := pgx.BeginTxFunc(ctx, pool, opts, fn)
+		if err == nil || !IsRetryable(err) {
+			return err
+		}
+		if run == maxTxRuns {
+			return fmt.Errorf("outbox: the transaction failed %d times, last: %w", run, err)
+		}
+		timer := time.NewTimer(rand.N(pause))
+		select {
+		case <-ctx.Done():
+			timer.Stop()
+			return fmt.Errorf("outbox: not running the transaction again: %w; it failed with: %w", ctx.Err(), err)
+		case <-timer.C:
+		}
+		pause = min(2*pause, maxTxPause)
+	}
+}
+
+// explain says of an error which operation met it and, where the code of
+// PostgreSQL allows, what that means here. The PgError and ctx's errors stay
+// reachable.
+func (s *PGStore) explain(operation string, err error) error {
+	hint := ""
+	switch sqlState(err) {
+	case codeNoTable:
+		hint = "there is no table " + s.table + ", run Migrate first: "
+	case codeNoColumn, codeNoKey:
+		hint = "the table " + s.table + " is not migrated, run Migrate first: "
+	case codeNoPrivilege:
+		hint = "the database role may not do this: "
+	case codeReadOnly:
+		hint = "the transaction is read-only: "
+	case codeAborted:
+		hint = "an earlier error has aborted the transaction: "
+	case codeLockTimeout:
+		hint = "lock_timeout passed while another transaction held the row: "
+	case codeCancelled:
+		hint = "cancelled by statement_timeout or by request, perhaps while another transaction held the row: "
+	case codeSerializationFailure, codeDeadlock:
+		hint = "run the whole transaction again: "
+	}
+	return fmt.Errorf("outbox: %s: %s%w", operation, hint, err)
+}

@@ -1,0 +1,295 @@
+package outbox_test
+
+import (
+	"context"
+	"encoding/json"
+	"math"
+	"net"
+	"net/url"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
+	"github.com/stretchr/testify/require"
+
+	"github.com/seed3357934d/outbox"
+)
+
+// statementLog is a tracer that keeps the statements sent.
+type statementLog struct {
+	mu   sync.Mutex
+	sent []string
+}
+
+func (l *statementLog) TraceQueryStart(ctx context.Context, _ *pgx.Conn, d pgx.TraceQueryStartData) context.Context {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.sent = append(l.sent, d.SQL)
+	return ctx
+}
+
+func (l *statementLog) TraceQueryEnd(context.Context, *pgx.Conn, pgx.TraceQueryEndData) {}
+
+func (l *statementLog) reset() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.sent = nil
+}
+
+func (l *statementLog) all() []string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.sent
+}
+
+// gatedDB is a pool on which a function runs before the nth statement that is
+// sent in a transaction after BEGIN.
+type gatedDB struct {
+	pool *pgxpool.Pool
+	mu   sync.Mutex
+	n    int
+	at   int
+	fn   func()
+}
+
+func newGatedDB(t testing.TB, db *testDB) *gatedDB {
+	g := &gatedDB{}
+	g.pool = newPool(t, db.url, func(cfg *pgxpool.Config) { cfg.ConnConfig.Tracer = g })
+	return g
+}
+
+func (g *gatedDB) before(n int, fn func()) { g.n, g.at, g.fn = 0, n, fn }
+
+func (g *gatedDB) TraceQueryStart(ctx context.Context, _ *pgx.Conn, d pgx.TraceQueryStartData) context.Context {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.fn != nil && d.SQL != "begin" {
+		if g.n++; g.n == g.at {
+			g.fn()
+		}
+	}
+	return ctx
+}
+
+func (g *gatedDB) TraceQueryEnd(context.Context, *pgx.Conn, pgx.TraceQueryEndData) {}
+
+// turns counts how often a connection turned from writing to reading: its
+// network round trips.
+type turns struct {
+	net.Conn
+	count   *atomic.Int64
+	writing atomic.Bool
+}
+
+func (c *turns) Write(b []byte) (int, error) {
+	c.writing.Store(true)
+	return c.Conn.Write(b)
+}
+
+func (c *turns) Read(b []byte) (int, error) {
+	n, err := c.Conn.Read(b)
+	if n > 0 && c.writing.Swap(false) {
+		c.count.Add(1)
+	}
+	return n, err
+}
+
+// TestRoundTrips shows that an add of a new, a pending and a settled key is one
+// round trip once its statement is prepared, and a batch one or two.
+func TestRoundTrips(t *testing.T) {
+	t.Parallel()
+	db := newDB(t)
+	var trips atomic.Int64
+	var log statementLog
+	pool := newPool(t, db.url, func(cfg *pgxpool.Config) {
+		dial := cfg.ConnConfig.DialFunc
+		cfg.ConnConfig.DialFunc = func(ctx context.Context, network, addr string) (net.Conn, error) {
+			conn, err := dial(ctx, network, addr)
+			if err != nil {
+				return nil, err
+			}
+			return &turns{Conn: conn, count: &trips}, nil
+		}
+		cfg.ConnConfig.Tracer = &log
+		cfg.MaxConns = 1
+	})
+	measure := func(fn func(tx pgx.Tx)) (roundTrips int64, statements int) {
+		tx := begin(t, pool, pgx.TxOptions{})
+		trips.Store(0)
+		log.reset()
+		fn(tx)
+		roundTrips, statements = trips.Load(), len(log.all())
+		require.NoError(t, tx.Commit(t.Context()))
+		return roundTrips, statements
+	}
+	for _, n := range []outbox.NewNotification{{Type: "warm"}, {Type: "warm", BookingID: 1}, {Type: "warm", CandidateTgID: 1}, {Type: "warm", BookingID: 1, CandidateTgID: 1}} {
+		add := func(want outbox.Outcome) func(pgx.Tx) {
+			return func(tx pgx.Tx) {
+				res, err := db.store.AddNotification(t.Context(), tx, n)
+				require.NoError(t, err)
+				require.Equal(t, want, res.Outcome)
+			}
+		}
+		measure(add(outbox.OutcomeCreated)) // prepares the statement
+		n.Type = "new"
+		for _, want := range []outbox.Outcome{outbox.OutcomeCreated, outbox.OutcomeRefreshed} {
+			roundTrips, statements := measure(add(want))
+			require.EqualValues(t, 1, roundTrips, want)
+			require.Equal(t, 1, statements, want)
+		}
+		n.Payload = "changed"
+		roundTrips, _ := measure(add(outbox.OutcomeRefreshed))
+		require.EqualValues(t, 1, roundTrips, "changed")
+		db.exec(t, "UPDATE outbox_notifications SET status = 'sent'")
+		roundTrips, _ = measure(add(outbox.OutcomeExisting))
+		require.EqualValues(t, 1, roundTrips, "settled")
+	}
+
+	batch := func(first, n int) func(pgx.Tx) {
+		return func(tx pgx.Tx) {
+			ns := make([]outbox.NewNotification, n)
+			for i := range ns {
+				ns[i] = outbox.NewNotification{Type: "batch", BookingID: int64(first + i), Payload: i}
+			}
+			_, err := db.store.AddNotifications(t.Context(), tx, ns)
+			require.NoError(t, err)
+		}
+	}
+	measure(batch(1, 1))
+	measure(batch(1, 1))
+	for _, size := range []int{1, 10, 3000} {
+		roundTrips, statements := measure(batch(10_000, size))
+		require.Equal(t, 1, statements, "%d new", size)
+		if size < 100 { // the answer to a large one is read in several turns
+			require.EqualValues(t, 1, roundTrips)
+		}
+		_, statements = measure(batch(10_000, size))
+		require.Equal(t, 2, statements, "%d repeated", size)
+		db.exec(t, "DELETE FROM outbox_notifications")
+	}
+	_, statements := measure(func(tx pgx.Tx) {
+		res, err := db.store.AddNotifications(t.Context(), tx, nil)
+		require.NoError(t, err)
+		require.Empty(t, res)
+	})
+	require.Zero(t, statements)
+}
+
+// TestExecModes runs the same life of a key in each of pgx's ways to send a
+// statement, straight and through PgBouncer.
+func TestExecModes(t *testing.T) {
+	t.Parallel()
+	modes := []pgx.QueryExecMode{pgx.QueryExecModeCacheStatement, pgx.QueryExecModeCacheDescribe,
+		pgx.QueryExecModeDescribeExec, pgx.QueryExecModeExec, pgx.QueryExecModeSimpleProtocol}
+	for _, mode := range modes {
+		t.Run(mode.String(), func(t *testing.T) {
+			t.Parallel()
+			db := newDB(t)
+			liveInMode(t, db, db.url, mode)
+		})
+	}
+	t.Run("PgBouncer", func(t *testing.T) {
+		t.Parallel()
+		bouncer := startPgBouncer(t)
+		for _, mode := range modes {
+			t.Run(mode.String(), func(t *testing.T) {
+				db := newDB(t)
+				liveInMode(t, db, bouncer(db.url), mode)
+			})
+		}
+	})
+}
+
+// liveInMode migrates and adds through url in one mode of pgx.
+func liveInMode(t *testing.T, db *testDB, url string, mode pgx.QueryExecMode) {
+	pool := newPool(t, url, func(cfg *pgxpool.Config) {
+		cfg.ConnConfig.DefaultQueryExecMode = mode
+		cfg.MaxConns = 3
+	})
+	store, err := outbox.NewPGStore(pool, outbox.Config{Schema: `other "schema".x`, Logger: discard})
+	require.NoError(t, err)
+	for range 2 {
+		require.NoError(t, store.Migrate(t.Context()))
+	}
+	// the store's schema is not on the search_path
+	require.Zero(t, db.count(t))
+
+	notBefore := time.Date(2031, 5, 6, 7, 8, 9, 123456789, time.FixedZone("", 3600))
+	full := outbox.NewNotification{
+		Type: `it's "quoted" \ю $1`, BookingID: math.MaxInt64, CandidateTgID: math.MinInt64, RecruiterTgID: -5,
+		Payload: json.RawMessage(`{"text":"it's \\ \"ю\" $1 ` + "\U0001F600" + `"}`), CorrelationID: `c'\"`,
+		NotBefore: notBefore, NotAfter: notBefore.Add(time.Hour),
+	}
+	inTx := func(fn func(tx pgx.Tx)) {
+		require.NoError(t, pgx.BeginFunc(t.Context(), pool, func(tx pgx.Tx) error { fn(tx); return nil }))
+	}
+	for i, n := range []outbox.NewNotification{full, {Type: "bare"}, {Type: "booking", BookingID: 1}, {Type: "candidate", CandidateTgID: 1}} {
+		many := n
+		many.Type += " many"
+		for pass, want := range []outbox.Outcome{outbox.OutcomeCreated, outbox.OutcomeRefreshed, outbox.OutcomeRefreshed} {
+			if pass == 2 {
+				n.Payload, many.Payload = "changed", "changed"
+			}
+			inTx(func(tx pgx.Tx) {
+				one, err := store.AddNotification(t.Context(), tx, n)
+				require.NoError(t, err)
+				require.Equal(t, want, one.Outcome)
+				batch, err := store.AddNotifications(t.Context(), tx, []outbox.NewNotification{many, n, many})
+				require.NoError(t, err)
+				require.Equal(t, want, batch[0].Outcome)
+				require.Equal(t, outbox.AddResult{Notification: one.Notification, Outcome: outbox.OutcomeRefreshed}, batch[1])
+				require.Equal(t, outbox.OutcomeRefreshed, batch[2].Outcome)
+				require.Equal(t, batch[0].Notification, batch[2].Notification)
+				got := one.Notification
+				require.Equal(t, n.Key(), got.Key())
+				require.EqualValues(t, 1+pass/2, got.Version)
+				if i == 0 && pass < 2 {
+					require.Equal(t, full.Payload, got.Payload)
+					require.Equal(t, full.CorrelationID, got.CorrelationID)
+					require.True(t, notBefore.Truncate(time.Microsecond).Equal(got.NextRetryAt))
+					require.True(t, full.NotAfter.Truncate(time.Microsecond).Equal(got.NotAfter))
+				}
+			})
+			got, err := store.Get(t.Context(), n.Key())
+			require.NoError(t, err)
+			require.Equal(t, n.Key(), got.Key())
+		}
+		_, err := pool.Exec(t.Context(), `UPDATE "other ""schema"".x".outbox_notifications SET status = 'sent'`)
+		require.NoError(t, err)
+		inTx(func(tx pgx.Tx) {
+			res, err := store.AddNotification(t.Context(), tx, n)
+			require.NoError(t, err)
+			require.Equal(t, outbox.OutcomeExisting, res.Outcome)
+			_, err = store.AddNotification(t.Context(), tx, outbox.NewNotification{})
+			require.ErrorIs(t, err, outbox.ErrInvalid)
+			// the two payloads of one key are compared by PostgreSQL
+			batch, err := store.AddNotifications(t.Context(), tx, []outbox.NewNotification{
+				{Type: "twice", BookingID: int64(i + 1), Payload: json.RawMessage(`{"a":1.0}`)},
+				{Type: "twice", BookingID: int64(i + 1), Payload: json.RawMessage(`{"a": 1}`)},
+			})
+			require.NoError(t, err)
+			require.EqualValues(t, 1, batch[1].Notification.Version)
+		})
+	}
+}
+
+// startPgBouncer starts a PgBouncer in transaction mode before the server and
+// returns what turns a URL of the server into one through it.
+func startPgBouncer(t *testing.T) func(url string) string {
+	t.Helper()
+	require.NotNil(t, server, "a PgBouncer can be started only before a server that the tests have started")
+	at, stop, err := server.StartPgBouncer(t.Context())
+	require.NoError(t, err)
+	t.Cleanup(func() { require.NoError(t, stop()) })
+	bouncer, err := url.Parse(at)
+	require.NoError(t, err)
+	return func(direct string) string {
+		u, err := url.Parse(direct)
+		require.NoError(t, err)
+		u.Host = bouncer.Host
+		return u.String()
+	}
+}
