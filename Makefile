@@ -15,8 +15,9 @@ SHELL := /bin/bash
 
 PG ?= 15 17 18
 FUZZTIME ?= 1m
+TIMEOUT ?= 5m
 GO ?= go
-GOTEST = $(GO) test -race -count=1 -timeout=15m
+GOTEST = $(GO) test -race -count=1 -timeout=$(TIMEOUT)
 LINT = $(GO) tool -modfile=$(CURDIR)/tools.mod golangci-lint run
 
 # Nested modules have dependencies that users of the library should not carry.

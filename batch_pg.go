@@ -309,7 +309,7 @@ FROM unnest($1::text[], $2::bigint[], $3::bigint[], $4::bigint[], $5::text[], $6
 	$7::timestamptz[], $8::timestamptz[], $9::bigint[])
 	AS i (type, booking_id, candidate_tg_id, recruiter_tg_id, payload, correlation_id, not_before, not_after, version)
 WHERE NOT EXISTS (
-	SELECT FROM {table} AS o WHERE {keys} FOR UPDATE
+	SELECT FROM {table} AS o WHERE {keys} ORDER BY type, booking_id, candidate_tg_id LIMIT 1 FOR UPDATE
 )
 ON CONFLICT (type, booking_id, candidate_tg_id) DO UPDATE SET type = EXCLUDED.type WHERE false
 RETURNING 'created', false, ` + rowColumns
@@ -347,7 +347,9 @@ WITH refresh AS MATERIALIZED (
 				$7::timestamptz[], $8::timestamptz[], $9::bigint[], $10::text[], $11::boolean[], $12::bigint[])
 				AS i (type, booking_id, candidate_tg_id, recruiter_tg_id, payload, correlation_id, not_before, not_after,
 					first_recruiter, first_payload, together, changes)
-			JOIN {table} AS o ON {keys}
+			CROSS JOIN LATERAL (
+				SELECT * FROM {table} AS o WHERE {keys} ORDER BY type, booking_id, candidate_tg_id LIMIT 1
+			) AS o
 			CROSS JOIN LATERAL (SELECT i.first_payload) AS given (payload)
 		) AS compared
 	) AS counted

@@ -8,7 +8,8 @@ import (
 )
 
 // getSQL reads the row of a key. $1 type, $2 booking_id, $3 candidate_tg_id.
-const getSQL = `SELECT ` + rowColumns + ` FROM {table} WHERE {key}`
+const getSQL = `SELECT ` + rowColumns + ` FROM {table} WHERE {key}
+ORDER BY type, booking_id, candidate_tg_id LIMIT 1`
 
 // Get returns the row of key as committed, or [ErrNotFound]. It runs on the
 // store's pool, so it does not see what an open transaction has added.

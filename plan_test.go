@@ -25,7 +25,7 @@ type planNode struct {
 // scans returns the nodes that read the table.
 func (n planNode) scans() []planNode {
 	var found []planNode
-	if strings.Contains(n.Type, "Scan") && n.Relation == "outbox_notifications" {
+	if strings.Contains(n.Type, "Scan") && (n.Relation == "outbox_notifications" || n.Index != "") {
 		found = append(found, n)
 	}
 	for _, sub := range n.Plans {
@@ -40,11 +40,13 @@ func (n planNode) scans() []planNode {
 func TestPlan(t *testing.T) {
 	t.Parallel()
 	db := newDB(t)
-	// Many bookings, many rows without a booking or without a candidate, mostly sent.
+	// Half have no booking, nearly half no candidate, and most are of one type: the
+	// planner takes the columns to be independent and expects some 200,000 rows
+	// where both are NULL. Nearly all are sent.
 	db.exec(t, `INSERT INTO outbox_notifications (type, booking_id, candidate_tg_id, status)
-		SELECT 'type' || i % 5, CASE WHEN i % 10 < 8 THEN i END, CASE WHEN i % 10 <> 1 THEN i + 1000000000 END,
-			CASE WHEN i % 100 = 0 THEN 'pending' ELSE 'sent' END
-		FROM generate_series(1, 1000000) i WHERE NOT (i % 10 >= 8 AND i % 10 = 1)`)
+		SELECT CASE WHEN i % 10 = 0 THEN 'type2' ELSE 'type1' END, CASE WHEN i % 2 = 1 THEN i END,
+			CASE WHEN i % 2 = 0 OR i % 100 = 11 THEN i + 1000000000 END, CASE WHEN i % 100 = 0 THEN 'pending' ELSE 'sent' END
+		FROM generate_series(1, 1000000) i`)
 	db.exec(t, "VACUUM ANALYZE outbox_notifications")
 
 	explain := func(t *testing.T, tx pgx.Tx, sql string) planNode {
@@ -76,8 +78,8 @@ func TestPlan(t *testing.T) {
 		}
 		require.NotZero(t, byKey)
 	}
-	for _, key := range []outbox.Key{{Type: "type1", BookingID: 11, CandidateTgID: 1000000011}, {Type: "type1", BookingID: 11},
-		{Type: "type3", CandidateTgID: 1000000008}, {Type: "type1"}} {
+	for _, key := range []outbox.Key{{Type: "type1", BookingID: 11, CandidateTgID: 1000000011}, {Type: "type1", BookingID: 13},
+		{Type: "type1", CandidateTgID: 1000000008}, {Type: "type1"}} {
 		for _, mode := range []string{"force_custom_plan", "force_generic_plan"} {
 			t.Run(fmt.Sprintf("%s/%s", strings.ReplaceAll(key.String(), `"`, ""), mode), func(t *testing.T) {
 				tx := db.begin(t)

@@ -27,13 +27,13 @@ import (
 // reaper runs.
 const containerLife = "4h"
 
-var errNoDocker = errors.New("no Docker")
+var errNoDocker = errors.New("not used")
 
 // connectDocker returns a client of a daemon that answers. The error is errNoDocker
-// where there is no sign of one.
+// where there is no sign of one, or it is not wanted.
 func connectDocker(ctx context.Context) (*client.Client, error) {
 	if os.Getenv("OUTBOX_PG_BINARIES") == "1" {
-		return nil, fmt.Errorf("%w wanted: OUTBOX_PG_BINARIES=1", errNoDocker)
+		return nil, fmt.Errorf("%w: OUTBOX_PG_BINARIES=1", errNoDocker)
 	}
 	opts := []client.Opt{client.FromEnv}
 	if os.Getenv(client.EnvOverrideHost) == "" {

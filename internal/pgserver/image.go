@@ -147,12 +147,12 @@ func buildImage(ctx context.Context, tag string) error {
 }
 
 // Prepare gets the images of those PostgreSQL versions and of PgBouncer ready, so
-// that no test has to wait for them. It returns an error that is [ErrUnavailable]
-// where there is no Docker; logf as in [Options].
+// that no test has to wait for them. It fails where there is no Docker. Logf, as in
+// [Options] but required, is called concurrently.
 func Prepare(ctx context.Context, logf func(format string, args ...any), versions ...string) error {
 	cli, err := connectDocker(ctx)
 	if err != nil {
-		return fmt.Errorf("pgserver: %w: docker: %w", ErrUnavailable, err)
+		return fmt.Errorf("pgserver: docker: %w", err)
 	}
 	defer cli.Close()
 	errs := make(chan error)

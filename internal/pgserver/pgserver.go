@@ -105,10 +105,10 @@ func Start(ctx context.Context, opts Options) (*Server, error) {
 	case err == nil:
 		return s, nil
 	case errors.Is(err, errNoBinaries):
-		return nil, fmt.Errorf("pgserver: %w; run: %s (docker: %w; binaries: %w)",
+		return nil, fmt.Errorf("pgserver: %w; run: %s (docker: %w; installed: %w)",
 			ErrUnavailable, installCommand(), dockerErr, err)
 	default:
-		return nil, fmt.Errorf("pgserver: docker: %w; binaries: %w", dockerErr, err)
+		return nil, fmt.Errorf("pgserver: docker: %w; installed: %w", dockerErr, err)
 	}
 }
 

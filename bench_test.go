@@ -1,0 +1,107 @@
+package outbox_test
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
+	"github.com/stretchr/testify/require"
+
+	"github.com/seed3357934d/outbox"
+)
+
+// BenchmarkAdd compares transactions that insert a business row and add a
+// notification with such that run a bare statement in its place, in turns of 50 ms.
+// It reports the median of the turns' ratios; 1 is as fast as the bare statement.
+//
+// The test server does not wait for its disk, so what the statements themselves
+// cost weighs more here than in production.
+func BenchmarkAdd(b *testing.B) {
+	const (
+		bareInsert = `INSERT INTO outbox_notifications (type, booking_id, candidate_tg_id, payload_json)
+			VALUES ($1, $2, $3, $4::text::json) ON CONFLICT (type, booking_id, candidate_tg_id) DO NOTHING`
+		bareUpdate = `UPDATE outbox_notifications SET payload_json = $4::text::json WHERE type = $1 AND booking_id = $2 AND candidate_tg_id = $3`
+		bareSelect = `SELECT id, status FROM outbox_notifications WHERE type = $1 AND booking_id = $2 AND candidate_tg_id = $3 AND $4::text IS NOT NULL`
+	)
+	const rows = 10_000
+	for _, c := range []struct {
+		name, floor, status string
+		next                func(i int64) (booking int64)
+	}{
+		{"new_vs_insert", bareInsert, "", func(i int64) int64 { return 1_000_000 + i }},
+		{"pending_vs_update", bareUpdate, "pending", func(i int64) int64 { return 1 + i%rows }},
+		{"settled_vs_select", bareSelect, "sent", func(i int64) int64 { return 1 + i%rows }},
+	} {
+		for _, conns := range []int{1, 8} {
+			b.Run(fmt.Sprintf("%s/conns=%d", c.name, conns), func(b *testing.B) {
+				db := newDB(b)
+				db.exec(b, "CREATE TABLE business (id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, note text)")
+				if c.status != "" {
+					db.exec(b, `INSERT INTO outbox_notifications (type, booking_id, candidate_tg_id, payload_json, status)
+						SELECT 'reject', i, i, '{"slot":0}', $1 FROM generate_series(1, $2) i`, c.status, rows)
+				}
+				db.exec(b, "VACUUM ANALYZE")
+				pool := newPool(b, db.url, func(cfg *pgxpool.Config) { cfg.MaxConns = int32(conns) })
+				var n atomic.Int64
+				run := func(work func(ctx context.Context, tx pgx.Tx, booking int64, payload string) error) float64 {
+					var done atomic.Int64
+					var wg sync.WaitGroup
+					start := time.Now()
+					for range conns {
+						wg.Go(func() {
+							for time.Since(start) < 50*time.Millisecond {
+								i := n.Add(1)
+								err := pgx.BeginFunc(b.Context(), pool, func(tx pgx.Tx) error {
+									if _, err := tx.Exec(b.Context(), "INSERT INTO business (note) VALUES ($1)", "x"); err != nil {
+										return err
+									}
+									return work(b.Context(), tx, c.next(i), fmt.Sprintf(`{"slot":%d}`, i))
+								})
+								if err != nil {
+									b.Error(err)
+									return
+								}
+								done.Add(1)
+							}
+						})
+					}
+					wg.Wait()
+					return float64(done.Load()) / time.Since(start).Seconds()
+				}
+				bare := func(ctx context.Context, tx pgx.Tx, booking int64, payload string) error {
+					_, err := tx.Exec(ctx, c.floor, "reject", booking, booking, payload)
+					return err
+				}
+				add := func(ctx context.Context, tx pgx.Tx, booking int64, payload string) error {
+					_, err := db.store.AddNotification(ctx, tx, outbox.NewNotification{
+						Type: "reject", BookingID: booking, CandidateTgID: booking, Payload: json.RawMessage(payload)})
+					return err
+				}
+				run(bare)
+				run(add) // both are prepared
+				var floors, adds, ratios []float64
+				for b.Loop() {
+					f, a := run(bare), run(add)
+					floors, adds, ratios = append(floors, f), append(adds, a), append(ratios, a/f)
+				}
+				require.NotEmpty(b, ratios)
+				b.ReportMetric(median(floors), "bare_tx/s")
+				b.ReportMetric(median(adds), "add_tx/s")
+				b.ReportMetric(median(ratios), "ratio")
+				b.ReportMetric(0, "ns/op") // a turn is of a fixed length
+			})
+		}
+	}
+}
+
+func median(v []float64) float64 {
+	v = slices.Sorted(slices.Values(v))
+	return v[len(v)/2]
+}

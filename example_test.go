@@ -1,0 +1,152 @@
+package outbox_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log"
+	"log/slog"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
+
+	"github.com/seed3357934d/outbox"
+)
+
+// examplePool stands for the pool that a service has. Its database is new.
+func examplePool(ctx context.Context) (pool *pgxpool.Pool, drop func()) {
+	name := fmt.Sprintf("outbox_example_%d", databases.Add(1))
+	if err := onServer("CREATE DATABASE " + name); err != nil {
+		log.Fatal(err)
+	}
+	pool, err := pgxpool.New(ctx, databaseURL(name))
+	if err != nil {
+		log.Fatal(err)
+	}
+	return pool, func() {
+		pool.Close()
+		if err := onServer("DROP DATABASE " + name); err != nil {
+			log.Fatal(err)
+		}
+	}
+}
+
+func ExamplePGStore_AddNotification() {
+	ctx := context.Background()
+	pool, drop := examplePool(ctx)
+	defer drop()
+	store, err := outbox.NewPGStore(pool, outbox.Config{Logger: slog.New(slog.DiscardHandler)})
+	if err != nil {
+		log.Fatal(err)
+	}
+	if err := store.Migrate(ctx); err != nil {
+		log.Fatal(err)
+	}
+
+	reject := func(slot string) {
+		var res outbox.AddResult
+		err := pgx.BeginFunc(ctx, pool, func(tx pgx.Tx) (err error) {
+			// UPDATE bookings SET status = 'rejected' ... in the same tx, then:
+			res, err = store.AddNotification(ctx, tx, outbox.NewNotification{
+				Type: "reject", BookingID: 7, CandidateTgID: 42,
+				Payload: map[string]string{"slot": slot},
+			})
+			return err
+		})
+		if err != nil {
+			log.Fatal(err)
+		}
+		fmt.Println(res.Outcome, res.Notification.Status, "version", res.Notification.Version, string(res.Notification.Payload))
+	}
+	reject("10:00")
+	reject("10:00") // pressed twice
+	reject("10:30") // changed before it was sent
+	if _, err := pool.Exec(ctx, "UPDATE outbox_notifications SET status = 'sent'"); err != nil {
+		log.Fatal(err)
+	}
+	reject("11:00")
+	// Output:
+	// created pending version 1 {"slot":"10:00"}
+	// refreshed pending version 1 {"slot":"10:00"}
+	// refreshed pending version 2 {"slot":"10:30"}
+	// existing sent version 2 {"slot":"10:30"}
+}
+
+func ExamplePGStore_AddNotifications() {
+	ctx := context.Background()
+	pool, drop := examplePool(ctx)
+	defer drop()
+	if err := outbox.Migrate(ctx, pool); err != nil {
+		log.Fatal(err)
+	}
+	store, err := outbox.NewPGStore(pool, outbox.Config{})
+	if err != nil {
+		log.Fatal(err)
+	}
+	err = pgx.BeginFunc(ctx, pool, func(tx pgx.Tx) error {
+		results, err := store.AddNotifications(ctx, tx, []outbox.NewNotification{
+			{Type: "reminder", BookingID: 8, CandidateTgID: 43},
+			{Type: "reminder", BookingID: 7, CandidateTgID: 42},
+			{Type: "reminder", BookingID: 8, CandidateTgID: 43, Payload: "tomorrow"},
+		})
+		for _, res := range results {
+			fmt.Println(res.Notification.Key(), res.Outcome, "version", res.Notification.Version)
+		}
+		return err
+	})
+	if err != nil {
+		log.Fatal(err)
+	}
+	// Output:
+	// "reminder" booking 8 candidate 43 created version 2
+	// "reminder" booking 7 candidate 42 created version 1
+	// "reminder" booking 8 candidate 43 refreshed version 2
+}
+
+func ExampleRunInTx() {
+	ctx := context.Background()
+	pool, drop := examplePool(ctx)
+	defer drop()
+	if err := outbox.Migrate(ctx, pool); err != nil {
+		log.Fatal(err)
+	}
+	store, err := outbox.NewPGStore(pool, outbox.Config{})
+	if err != nil {
+		log.Fatal(err)
+	}
+	err = outbox.RunInTx(ctx, pool, pgx.TxOptions{IsoLevel: pgx.Serializable}, func(tx pgx.Tx) error {
+		res, err := store.AddNotification(ctx, tx, outbox.NewNotification{Type: "digest", CandidateTgID: -1001234567890})
+		fmt.Println(res.Outcome)
+		return err
+	})
+	fmt.Println(err)
+	// Output:
+	// created
+	// <nil>
+}
+
+// Bad input is refused before any SQL, so the transaction goes on.
+func ExampleInvalidError() {
+	ctx := context.Background()
+	pool, drop := examplePool(ctx)
+	defer drop()
+	store, err := outbox.NewPGStore(pool, outbox.Config{})
+	if err != nil {
+		log.Fatal(err)
+	}
+	err = pgx.BeginFunc(ctx, pool, func(tx pgx.Tx) error {
+		_, err := store.AddNotification(ctx, tx, outbox.NewNotification{Type: "reject", Payload: "NUL: \x00"})
+		var bad *outbox.InvalidError
+		if errors.As(err, &bad) {
+			fmt.Println(bad.Field)
+		}
+		fmt.Println(err)
+		_, err = tx.Exec(ctx, "SELECT 1")
+		return err
+	})
+	fmt.Println("committed:", err == nil)
+	// Output:
+	// Payload
+	// outbox: invalid Payload: jsonb has no \u0000 (at byte 6)
+	// committed: true
+}
