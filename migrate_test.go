@@ -102,16 +102,20 @@ func TestMigrate(t *testing.T) {
 		t.Parallel()
 		db := newEmptyDB(t)
 		db.exec(t, pythonTable)
-		var wg sync.WaitGroup
-		for range 16 {
-			wg.Go(func() {
-				if err := outbox.Migrate(t.Context(), db.Pool); err != nil {
-					t.Error(err)
-				}
-			})
+		for _, schema := range []string{"public", "a", "b", "c"} { // a table to take over, and schemas to create
+			store, err := outbox.NewPGStore(db.Pool, outbox.Config{Schema: schema, Logger: discard})
+			require.NoError(t, err)
+			var wg sync.WaitGroup
+			for range 16 {
+				wg.Go(func() {
+					if err := store.Migrate(t.Context()); err != nil {
+						t.Error(err)
+					}
+				})
+			}
+			wg.Wait()
+			require.Equal(t, 1, one[int](t, db, "SELECT count(*) FROM "+schema+".outbox_migrations"))
 		}
-		wg.Wait()
-		require.Equal(t, 1, one[int](t, db, "SELECT count(*) FROM outbox_migrations"))
 	})
 
 	t.Run("uses_the_schema_of_the_callers_choice", func(t *testing.T) {

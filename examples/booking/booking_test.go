@@ -8,6 +8,7 @@ import (
 	"io"
 	"net/url"
 	"os"
+	"regexp"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -131,26 +132,26 @@ func TestRun_leaves_nothing_behind_wherever_it_is_cancelled(t *testing.T) {
 	conn := connectTo(t, url)
 	before := contents(t, conn)
 
-	// The day is cut off at its first line, then at its second, and so on.
-	for cutAt := 1; ; cutAt++ {
+	scenes := regexp.MustCompile(`(?m)^\d\d:\d\d `)
+	for cutAt := range len(scenes.FindAllString(wholeDay, -1)) + 1 { // 0: before the first
 		ctx, cancel := context.WithCancel(t.Context())
-		lines := 0
+		if cutAt == 0 {
+			cancel()
+		}
+		scene := 0
 		var stderr bytes.Buffer
-		code := run(ctx, url, writerFunc(func([]byte) {
-			if lines++; lines == cutAt {
-				cancel()
+		code := run(ctx, url, writerFunc(func(p []byte) {
+			if scenes.Match(p) {
+				if scene++; scene == cutAt {
+					cancel()
+				}
 			}
 		}), &stderr)
 		cancel()
-		require.Equal(t, before, contents(t, conn), "cut off at line %d", cutAt)
-		if lines < cutAt {
-			require.Zero(t, code, "%s", &stderr)
-			require.Greater(t, cutAt, 10)
-			break
-		}
-		if code != 0 { // the last lines need no database
-			require.Equal(t, "booking: context canceled\n", stderr.String(), "cut off at line %d", cutAt)
-		}
+		require.Equal(t, 1, code)
+		require.Equal(t, cutAt, scene)
+		require.Equal(t, "booking: context canceled\n", stderr.String())
+		require.Equal(t, before, contents(t, conn), "cut off in scene %d", cutAt)
 	}
 }
 

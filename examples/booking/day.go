@@ -224,7 +224,7 @@ func (d *day) openConnections(ctx context.Context) error {
 	for range min(rushRequests, d.pool.Config().MaxConns) {
 		conn, err := d.pool.Acquire(ctx)
 		if err != nil {
-			return fmt.Errorf("opening connections (pool_max_conns in the URL sets how many): %w", err)
+			return fmt.Errorf("opening connections (pool_max_conns in the URL sets how many): %w", reason(err))
 		}
 		defer conn.Release()
 	}
@@ -236,20 +236,20 @@ func (d *day) rollsBack(ctx context.Context) error {
 	var inside int
 	err := d.request(ctx, func(tx pgx.Tx) error {
 		_, bookErr := d.service.book(ctx, tx, 102, lateCandidate)
-		if !errors.Is(bookErr, errTaken) {
-			return fmt.Errorf("expected %q, got: %v", errTaken, bookErr)
+		if err := expectError(bookErr, errTaken); err != nil {
+			return err
 		}
 		if err := tx.QueryRow(ctx, `SELECT count(*) FROM `+d.table).Scan(&inside); err != nil {
 			return err
 		}
 		return bookErr
 	})
-	if !errors.Is(err, errTaken) {
+	if err := expectError(err, errTaken); err != nil {
 		return err
 	}
 	_, err = d.store.Get(ctx, outbox.Key{Type: typeConfirmed, BookingID: 102, CandidateTgID: lateCandidate})
-	if !errors.Is(err, outbox.ErrNotFound) {
-		return fmt.Errorf("expected no notification for the late candidate, got: %v", err)
+	if err := expectError(err, outbox.ErrNotFound); err != nil {
+		return err
 	}
 	var after int
 	if err := d.pool.QueryRow(ctx, `SELECT count(*) FROM `+d.table).Scan(&after); err != nil {
@@ -269,8 +269,8 @@ func (d *day) refusesBadInput(ctx context.Context) error {
 	var res outbox.AddResult
 	err := d.request(ctx, func(tx pgx.Tx) (err error) {
 		_, refusal = d.service.reject(ctx, tx, 103, "no-show\x00")
-		if !errors.Is(refusal, outbox.ErrInvalid) {
-			return fmt.Errorf("expected %q, got: %v", outbox.ErrInvalid, refusal)
+		if err := expectError(refusal, outbox.ErrInvalid); err != nil {
+			return err
 		}
 		// The same transaction, which PostgreSQL would have aborted.
 		res, err = d.service.reject(ctx, tx, 103, "no-show")
@@ -396,6 +396,16 @@ func (d *day) expectBooking(ctx context.Context, id int64, want string) error {
 		err = fmt.Errorf("expected booking %d to be %s, got %s", id, want, got)
 	}
 	return err
+}
+
+func expectError(got, want error) error {
+	switch {
+	case got == nil:
+		return fmt.Errorf("expected the error %q, got none", want.Error())
+	case !errors.Is(got, want):
+		return fmt.Errorf("expected the error %q, got: %w", want.Error(), got)
+	}
+	return nil
 }
 
 const indent = "       "
