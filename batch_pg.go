@@ -52,6 +52,111 @@ func (s *PGStore) AddNotifications(ctx context.Context, tx pgx.Tx, ns []NewNotif
 	return results, nil
 }
 
+// logExistingMany is logExisting for a batch, in one line.
+func (s *PGStore) logExistingMany(ctx context.Context, results []AddResult) {
+	existing, first := 0, Notification{}
+	for _, res := range results {
+		if res.Outcome == OutcomeExisting {
+			if existing++; existing == 1 {
+				first = res.Notification
+			}
+		}
+	}
+	if existing > 0 {
+		s.logger.LogAttrs(ctx, slog.LevelInfo, "outbox: notifications exist, left as they are",
+			slog.Int("existing", existing), slog.Int("of", len(results)), slog.String("first", first.Key().String()))
+	}
+}
+
+// insertManySQL inserts the keys that are not there and locks those that are,
+// one key after the other in the order of the arrays: unnest gives them in that
+// order, and neither the subquery, which FOR UPDATE keeps from becoming a join,
+// nor the insert changes it.
+//
+// $1 types, $2 booking_ids, $3 candidate_tg_ids, $4 recruiter_tg_ids, $5 payloads
+// as text, $6 correlation_ids, $7 not before, $8 not after, $9 versions.
+//
+// unnest of several arrays is syntax and always pg_catalog's.
+//
+// Where a rival inserted a key after our snapshot, DO UPDATE ... WHERE false
+// waits for the rival and locks its row, still in order, without writing it. DO
+// NOTHING would leave it unlocked, to be locked later and out of order. Keys
+// that the subquery found draw no id from the sequence.
+const insertManySQL = `
+INSERT INTO {table} (type, booking_id, candidate_tg_id, recruiter_tg_id, payload_json, correlation_id,
+	status, attempts, created_at, next_retry_at, not_after, version)
+SELECT i.type, i.booking_id, i.candidate_tg_id, i.recruiter_tg_id, i.payload::json, i.correlation_id,
+	'pending', 0, pg_catalog.now(), i.not_before, i.not_after, i.version
+FROM unnest($1::text[], $2::bigint[], $3::bigint[], $4::bigint[], $5::text[], $6::text[],
+	$7::timestamptz[], $8::timestamptz[], $9::bigint[])
+	AS i (type, booking_id, candidate_tg_id, recruiter_tg_id, payload, correlation_id, not_before, not_after, version)
+WHERE NOT EXISTS (
+	SELECT FROM {table} AS o WHERE {keys} ORDER BY type, booking_id, candidate_tg_id LIMIT 1 FOR UPDATE
+)
+ON CONFLICT (type, booking_id, candidate_tg_id) DO UPDATE SET type = EXCLUDED.type WHERE false
+RETURNING 'created', false, ` + rowColumns
+
+// refreshManySQL does to rows that insertManySQL has locked what addSQL does to
+// one, and returns all of them. Its snapshot is taken after the locks, so it
+// sees what every rival left.
+//
+// $1 to $8 as for insertManySQL, $9 first recruiter_tg_ids, $10 first payloads,
+// $11 together, $12 changes: see folded.
+const refreshManySQL = `
+WITH refresh AS MATERIALIZED (
+	SELECT found_id, pending, in_flight, given_recruiter, given_payload, given_correlation, given_not_before, given_not_after,
+		bump, payload_changed OR changes > 0 AS payload_written,
+		pending AND (
+			bump > 0
+			OR correlation_id IS DISTINCT FROM coalesce(given_correlation, correlation_id)
+			OR not_after IS DISTINCT FROM coalesce(given_not_after, not_after)
+			OR next_retry_at IS DISTINCT FROM given_not_before
+			OR NOT in_flight AND (attempts IS DISTINCT FROM 0 OR pg_catalog.num_nonnulls(locked_at, lease_token, lease_until) > 0)
+		) AS dirty
+	FROM (
+		SELECT *, changes + CASE WHEN together THEN (recruiter_changed OR payload_changed)::int
+			ELSE recruiter_changed::int + payload_changed::int END AS bump
+		FROM (
+			SELECT o.id AS found_id, o.correlation_id, o.not_after, o.next_retry_at, o.attempts, o.locked_at, o.lease_token, o.lease_until,
+				i.recruiter_tg_id AS given_recruiter, i.payload AS given_payload, i.correlation_id AS given_correlation,
+				i.not_before AS given_not_before, i.not_after AS given_not_after, i.together, i.changes,
+				o.status = 'pending' AS pending,
+				o.status = 'pending' AND o.lease_token IS NOT NULL
+					AND coalesce(o.lease_until > pg_catalog.clock_timestamp(), false) AS in_flight,
+				o.recruiter_tg_id IS DISTINCT FROM coalesce(i.first_recruiter, o.recruiter_tg_id) AS recruiter_changed,
+				o.status = 'pending' AND ` + payloadChangedSQL + ` AS payload_changed
+			FROM unnest($1::text[], $2::bigint[], $3::bigint[], $4::bigint[], $5::text[], $6::text[],
+				$7::timestamptz[], $8::timestamptz[], $9::bigint[], $10::text[], $11::boolean[], $12::bigint[])
+				AS i (type, booking_id, candidate_tg_id, recruiter_tg_id, payload, correlation_id, not_before, not_after,
+					first_recruiter, first_payload, together, changes)
+			CROSS JOIN LATERAL (
+				SELECT * FROM {table} AS o WHERE {keys} ORDER BY type, booking_id, candidate_tg_id LIMIT 1
+			) AS o
+			CROSS JOIN LATERAL (SELECT i.first_payload) AS given (payload)
+		) AS compared
+	) AS counted
+), refreshed AS (
+	UPDATE {table} SET
+		recruiter_tg_id = coalesce(given_recruiter, recruiter_tg_id),
+		payload_json    = CASE WHEN payload_written THEN coalesce(given_payload::json, payload_json) ELSE payload_json END,
+		correlation_id  = coalesce(given_correlation, correlation_id),
+		next_retry_at   = given_not_before,
+		not_after       = coalesce(given_not_after, not_after),
+		version         = version + bump,
+		attempts        = CASE WHEN in_flight THEN attempts ELSE 0 END,
+		locked_at       = CASE WHEN in_flight THEN locked_at END,
+		lease_token     = CASE WHEN in_flight THEN lease_token END,
+		lease_until     = CASE WHEN in_flight THEN lease_until END
+	FROM refresh
+	WHERE id = found_id AND dirty
+	RETURNING ` + rowColumns + `, in_flight
+)
+SELECT 'refreshed', in_flight, ` + rowColumns + ` FROM refreshed
+UNION ALL
+SELECT CASE WHEN pending THEN 'refreshed' ELSE 'existing' END, in_flight, ` + rowColumns + `
+FROM refresh JOIN {table} ON id = found_id
+WHERE NOT dirty`
+
 // addMany runs at most one statement to compare the payloads of a key given
 // twice, then for each shape of key one that inserts or locks, then for each
 // shape one that refreshes what was there.
@@ -284,109 +389,4 @@ func newColumns(keys []*folded) *columns {
 		c.versions[i], c.changes[i], c.together[i] = f.version, f.changes, f.together
 	}
 	return c
-}
-
-// insertManySQL inserts the keys that are not there and locks those that are,
-// one key after the other in the order of the arrays: unnest gives them in that
-// order, and neither the subquery, which FOR UPDATE keeps from becoming a join,
-// nor the insert changes it.
-//
-// $1 types, $2 booking_ids, $3 candidate_tg_ids, $4 recruiter_tg_ids, $5 payloads
-// as text, $6 correlation_ids, $7 not before, $8 not after, $9 versions.
-//
-// unnest of several arrays is syntax and always pg_catalog's.
-//
-// Where a rival inserted a key after our snapshot, DO UPDATE ... WHERE false
-// waits for the rival and locks its row, still in order, without writing it. DO
-// NOTHING would leave it unlocked, to be locked later and out of order. Keys
-// that the subquery found draw no id from the sequence.
-const insertManySQL = `
-INSERT INTO {table} (type, booking_id, candidate_tg_id, recruiter_tg_id, payload_json, correlation_id,
-	status, attempts, created_at, next_retry_at, not_after, version)
-SELECT i.type, i.booking_id, i.candidate_tg_id, i.recruiter_tg_id, i.payload::json, i.correlation_id,
-	'pending', 0, pg_catalog.now(), i.not_before, i.not_after, i.version
-FROM unnest($1::text[], $2::bigint[], $3::bigint[], $4::bigint[], $5::text[], $6::text[],
-	$7::timestamptz[], $8::timestamptz[], $9::bigint[])
-	AS i (type, booking_id, candidate_tg_id, recruiter_tg_id, payload, correlation_id, not_before, not_after, version)
-WHERE NOT EXISTS (
-	SELECT FROM {table} AS o WHERE {keys} ORDER BY type, booking_id, candidate_tg_id LIMIT 1 FOR UPDATE
-)
-ON CONFLICT (type, booking_id, candidate_tg_id) DO UPDATE SET type = EXCLUDED.type WHERE false
-RETURNING 'created', false, ` + rowColumns
-
-// refreshManySQL does to rows that insertManySQL has locked what addSQL does to
-// one, and returns all of them. Its snapshot is taken after the locks, so it
-// sees what every rival left.
-//
-// $1 to $8 as for insertManySQL, $9 first recruiter_tg_ids, $10 first payloads,
-// $11 together, $12 changes: see folded.
-const refreshManySQL = `
-WITH refresh AS MATERIALIZED (
-	SELECT found_id, pending, in_flight, given_recruiter, given_payload, given_correlation, given_not_before, given_not_after,
-		bump, payload_changed OR changes > 0 AS payload_written,
-		pending AND (
-			bump > 0
-			OR correlation_id IS DISTINCT FROM coalesce(given_correlation, correlation_id)
-			OR not_after IS DISTINCT FROM coalesce(given_not_after, not_after)
-			OR next_retry_at IS DISTINCT FROM given_not_before
-			OR NOT in_flight AND (attempts IS DISTINCT FROM 0 OR pg_catalog.num_nonnulls(locked_at, lease_token, lease_until) > 0)
-		) AS dirty
-	FROM (
-		SELECT *, changes + CASE WHEN together THEN (recruiter_changed OR payload_changed)::int
-			ELSE recruiter_changed::int + payload_changed::int END AS bump
-		FROM (
-			SELECT o.id AS found_id, o.correlation_id, o.not_after, o.next_retry_at, o.attempts, o.locked_at, o.lease_token, o.lease_until,
-				i.recruiter_tg_id AS given_recruiter, i.payload AS given_payload, i.correlation_id AS given_correlation,
-				i.not_before AS given_not_before, i.not_after AS given_not_after, i.together, i.changes,
-				o.status = 'pending' AS pending,
-				o.status = 'pending' AND o.lease_token IS NOT NULL
-					AND coalesce(o.lease_until > pg_catalog.clock_timestamp(), false) AS in_flight,
-				o.recruiter_tg_id IS DISTINCT FROM coalesce(i.first_recruiter, o.recruiter_tg_id) AS recruiter_changed,
-				o.status = 'pending' AND ` + payloadChangedSQL + ` AS payload_changed
-			FROM unnest($1::text[], $2::bigint[], $3::bigint[], $4::bigint[], $5::text[], $6::text[],
-				$7::timestamptz[], $8::timestamptz[], $9::bigint[], $10::text[], $11::boolean[], $12::bigint[])
-				AS i (type, booking_id, candidate_tg_id, recruiter_tg_id, payload, correlation_id, not_before, not_after,
-					first_recruiter, first_payload, together, changes)
-			CROSS JOIN LATERAL (
-				SELECT * FROM {table} AS o WHERE {keys} ORDER BY type, booking_id, candidate_tg_id LIMIT 1
-			) AS o
-			CROSS JOIN LATERAL (SELECT i.first_payload) AS given (payload)
-		) AS compared
-	) AS counted
-), refreshed AS (
-	UPDATE {table} SET
-		recruiter_tg_id = coalesce(given_recruiter, recruiter_tg_id),
-		payload_json    = CASE WHEN payload_written THEN coalesce(given_payload::json, payload_json) ELSE payload_json END,
-		correlation_id  = coalesce(given_correlation, correlation_id),
-		next_retry_at   = given_not_before,
-		not_after       = coalesce(given_not_after, not_after),
-		version         = version + bump,
-		attempts        = CASE WHEN in_flight THEN attempts ELSE 0 END,
-		locked_at       = CASE WHEN in_flight THEN locked_at END,
-		lease_token     = CASE WHEN in_flight THEN lease_token END,
-		lease_until     = CASE WHEN in_flight THEN lease_until END
-	FROM refresh
-	WHERE id = found_id AND dirty
-	RETURNING ` + rowColumns + `, in_flight
-)
-SELECT 'refreshed', in_flight, ` + rowColumns + ` FROM refreshed
-UNION ALL
-SELECT CASE WHEN pending THEN 'refreshed' ELSE 'existing' END, in_flight, ` + rowColumns + `
-FROM refresh JOIN {table} ON id = found_id
-WHERE NOT dirty`
-
-// logExistingMany is logExisting for a batch, in one line.
-func (s *PGStore) logExistingMany(ctx context.Context, results []AddResult) {
-	existing, first := 0, Notification{}
-	for _, res := range results {
-		if res.Outcome == OutcomeExisting {
-			if existing++; existing == 1 {
-				first = res.Notification
-			}
-		}
-	}
-	if existing > 0 {
-		s.logger.LogAttrs(ctx, slog.LevelInfo, "outbox: notifications exist, left as they are",
-			slog.Int("existing", existing), slog.Int("of", len(results)), slog.String("first", first.Key().String()))
-	}
 }

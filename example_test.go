@@ -147,6 +147,6 @@ func ExampleInvalidError() {
 	fmt.Println("committed:", err == nil)
 	// Output:
 	// Payload
-	// outbox: invalid Payload: jsonb has no \u0000 (at byte 6)
+	// outbox: invalid Payload: jsonb has no \u0000 (at byte 6 of the JSON)
 	// committed: true
 }

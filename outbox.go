@@ -81,11 +81,11 @@ type Notification struct {
 	Payload       json.RawMessage // nil: none
 	CorrelationID string
 	Status        Status
-	Attempts      int    // counted when a delivery is claimed
-	Version       int64  // 1 on creation, +1 for each change of recruiter or payload
-	SentVersion   int64  // the Version last delivered; 0 if none
-	Receipt       string // what the sender returned for SentVersion
-	LastError     string
+	Attempts      int       // counted when a delivery is claimed
+	Version       int64     // 1 on creation, +1 for each change of recruiter or payload
+	SentVersion   int64     // the Version last delivered; 0 if none
+	Receipt       string    // what the sender returned for SentVersion
+	LastError     string    // of the last delivery that failed; a refresh keeps it
 	CreatedAt     time.Time // start of the transaction that created the row
 	LockedAt      time.Time // zero: not being delivered
 	NextRetryAt   time.Time // zero: due now

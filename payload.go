@@ -58,7 +58,7 @@ func encodePayload(p any, maxBytes int) ([]byte, *InvalidError) {
 	}
 	s := jsonScanner{b: b, refuseReplacement: !raw}
 	if err := s.document(); err != nil {
-		return nil, invalid("Payload", "%v (at byte %d)", err, s.i)
+		return nil, invalid("Payload", "%v (at byte %d of the JSON)", err, s.i)
 	}
 	if isEmptyJSON(b) {
 		return nil, nil

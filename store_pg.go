@@ -9,7 +9,6 @@ import (
 	"strings"
 	"sync/atomic"
 	"time"
-	"unicode/utf8"
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgtype"
@@ -20,9 +19,7 @@ const (
 	defaultSchema = "public"
 	tableName     = "outbox_notifications"
 
-	maxTypeChars          = 50 // type is varchar(50)
-	maxCorrelationIDChars = 64 // correlation_id is varchar(64)
-	maxIdentifierBytes    = 63 // PostgreSQL cuts longer names off: NAMEDATALEN - 1
+	maxIdentifierBytes = 63 // PostgreSQL cuts longer names off: NAMEDATALEN - 1
 )
 
 // Config configures a [PGStore]. The zero value is ready for use.
@@ -151,83 +148,6 @@ func prepare(table string) statements {
 const rowColumns = `id, type, booking_id, candidate_tg_id, recruiter_tg_id, payload_json, correlation_id,
 	status, attempts, version, sent_version, receipt, last_error,
 	created_at, locked_at, next_retry_at, not_after, sent_at`
-
-// input is a NewNotification that has passed check, as PostgreSQL will see it.
-type input struct {
-	key                 Key
-	recruiter           int64     // 0: not given
-	payload             []byte    // nil: not given
-	correlation         string    // "": not given
-	notBefore, notAfter time.Time // zero: not given
-}
-
-// check finds everything that PostgreSQL would refuse, so that no statement
-// fails on account of its input and costs the caller the transaction.
-func (s *PGStore) check(n NewNotification) (input, *InvalidError) {
-	if n.Type == "" {
-		return input{}, invalid("Type", "empty")
-	}
-	if reason := badText(n.Type); reason != "" {
-		return input{}, invalid("Type", "%s", reason)
-	}
-	if chars := utf8.RuneCountInString(n.Type); chars > maxTypeChars {
-		return input{}, invalid("Type", "%d characters, over the limit of %d", chars, maxTypeChars)
-	}
-	if reason := badText(n.CorrelationID); reason != "" {
-		return input{}, invalid("CorrelationID", "%s", reason)
-	}
-	if chars := utf8.RuneCountInString(n.CorrelationID); chars > maxCorrelationIDChars {
-		return input{}, invalid("CorrelationID", "%d characters, over the limit of %d", chars, maxCorrelationIDChars)
-	}
-	if badTime(n.NotBefore) {
-		return input{}, invalid("NotBefore", "the year %d is not between 1 and 9999", n.NotBefore.Year())
-	}
-	if badTime(n.NotAfter) {
-		return input{}, invalid("NotAfter", "the year %d is not between 1 and 9999", n.NotAfter.Year())
-	}
-	in := input{
-		key:         n.Key(),
-		recruiter:   n.RecruiterTgID,
-		correlation: n.CorrelationID,
-		notBefore:   n.NotBefore.Truncate(time.Microsecond),
-		notAfter:    n.NotAfter.Truncate(time.Microsecond),
-	}
-	if !in.notAfter.IsZero() && in.notAfter.Before(in.notBefore) {
-		return input{}, invalid("NotAfter", "%s is before NotBefore %s",
-			n.NotAfter.Format(time.RFC3339Nano), n.NotBefore.Format(time.RFC3339Nano))
-	}
-	var err *InvalidError
-	if in.payload, err = encodePayload(n.Payload, s.maxPayloadBytes); err != nil {
-		return input{}, err
-	}
-	return in, nil
-}
-
-// badText says why PostgreSQL would refuse s as text in UTF-8; "" if it would not.
-func badText(s string) string {
-	switch {
-	case strings.IndexByte(s, 0) >= 0:
-		return "a NUL byte, which PostgreSQL's text cannot hold"
-	case !utf8.ValidString(s):
-		return "not valid UTF-8"
-	}
-	return ""
-}
-
-// badTime reports whether t is outside what timestamptz and every client of the
-// table can represent. In UTC, as an offset may carry a time over the edge.
-func badTime(t time.Time) bool {
-	year := t.UTC().Year()
-	return year < 1 || year > 9999
-}
-
-// isNil reports whether tx is no transaction at all.
-func isNil(tx pgx.Tx) bool {
-	if p, ok := tx.(*pgxpool.Tx); ok {
-		return p == nil
-	}
-	return tx == nil
-}
 
 // addSQL adds one notification in one statement.
 //
@@ -367,6 +287,14 @@ func (s *PGStore) AddNotification(ctx context.Context, tx pgx.Tx, n NewNotificat
 	}
 	return AddResult{}, fmt.Errorf("outbox: add notification %s: the row was created and deleted by others %d times in a row",
 		in.key, maxLookups)
+}
+
+// isNil reports whether tx is no transaction at all.
+func isNil(tx pgx.Tx) bool {
+	if p, ok := tx.(*pgxpool.Tx); ok {
+		return p == nil
+	}
+	return tx == nil
 }
 
 // logExisting tells the operator that a repeat found its notification settled.

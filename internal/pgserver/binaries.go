@@ -49,7 +49,7 @@ func startInstalled(ctx context.Context, opts Options) (*Server, error) {
 // a PgBouncer to run without Docker is not installed.
 func CheckInstalled(ctx context.Context) error {
 	if _, err := findInstallation(ctx, ""); err != nil {
-		return fmt.Errorf("pgserver: %w: %w; run: %s", ErrUnavailable, err, installCommand())
+		return fmt.Errorf("pgserver: %w: %w; run: %s", ErrUnavailable, err, installCommand(true))
 	}
 	if _, err := findPgBouncer(); err != nil {
 		return fmt.Errorf("pgserver: %w", err)

@@ -118,7 +118,7 @@ func findPgBouncer() (string, error) {
 			return path, nil
 		}
 	}
-	return "", fmt.Errorf("PgBouncer is %w; run: %s", errNoBinaries, installCommand())
+	return "", fmt.Errorf("PgBouncer is %w; run: %s", errNoBinaries, installCommand(true))
 }
 
 // lacksPreparedStatements says whether the program predates the setting, and

@@ -106,7 +106,7 @@ func Start(ctx context.Context, opts Options) (*Server, error) {
 		return s, nil
 	case errors.Is(err, errNoBinaries):
 		return nil, fmt.Errorf("pgserver: %w; run: %s (docker: %w; installed: %w)",
-			ErrUnavailable, installCommand(), dockerErr, err)
+			ErrUnavailable, installCommand(false), dockerErr, err)
 	default:
 		return nil, fmt.Errorf("pgserver: docker: %w; installed: %w", dockerErr, err)
 	}
@@ -137,17 +137,21 @@ func (s *Server) StartPgBouncer(ctx context.Context) (url string, stop func() er
 	return url, stop, nil
 }
 
-// installCommand is the one command that makes Start work on this machine.
-func installCommand() string {
+// installCommand is the one command that makes Start work on this machine, and
+// StartPgBouncer too if asked.
+func installCommand(bouncer bool) string {
 	for _, c := range []struct{ tool, command string }{
-		{"apt-get", "apt-get install -y postgresql pgbouncer"},
-		{"dnf", "dnf install -y postgresql-server pgbouncer"},
-		{"apk", "apk add postgresql pgbouncer"},
-		{"brew", "brew install postgresql@17 pgbouncer"},
+		{"apt-get", "apt-get install -y postgresql"},
+		{"dnf", "dnf install -y postgresql-server"},
+		{"apk", "apk add postgresql"},
+		{"brew", "brew install postgresql@17"},
 	} {
 		if _, err := exec.LookPath(c.tool); err == nil {
+			if bouncer {
+				c.command += " pgbouncer"
+			}
 			if runtime.GOOS == "linux" && os.Geteuid() != 0 {
-				return "sudo " + c.command
+				c.command = "sudo " + c.command
 			}
 			return c.command
 		}

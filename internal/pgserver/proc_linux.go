@@ -9,8 +9,9 @@ import (
 // confine has cmd run as the given user (nil: the current one) and die with the
 // thread that starts it.
 func confine(cmd *exec.Cmd, as *account) {
-	// SIGQUIT is PostgreSQL's immediate shutdown: children go too.
-	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGQUIT}
+	// SIGQUIT is PostgreSQL's immediate shutdown: children go too. A process group of
+	// its own keeps the terminal's Ctrl-C for the program, which may want to clean up.
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGQUIT, Setpgid: true}
 	if as != nil {
 		cmd.SysProcAttr.Credential = &syscall.Credential{Uid: uint32(as.uid), Gid: uint32(as.gid)}
 	}
