@@ -160,11 +160,12 @@ const rowColumns = `id, type, booking_id, candidate_tg_id, recruiter_tg_id, payl
 // COMMITTED it waits for a rival and then sees what the rival left. The planner
 // does not know that there is one row with both parts NULL; the order of the
 // index and the limit keep it from scanning the table for the many it expects
-// (TestPlan). refresh says
-// what a refresh of it means: nothing for a row that is not pending. refreshed
-// writes only if something changes; in_flight is worked out after the lock is
-// held, by the clock and not by the transaction's start, which may be long ago.
-// A lease that has expired, and a lock without a token, is cleared.
+// (TestPlan).
+//
+// refresh says what a refresh of it means: nothing for a row that is not pending.
+// in_flight is worked out after the lock is held, by the clock and not by the
+// transaction's start, which may be long ago. refreshed writes only if something
+// changes. A lease that has expired, and a lock without a token, is cleared.
 //
 // created inserts if nothing was found. FOR UPDATE cannot lock a row that does
 // not exist, so a rival may have inserted it meanwhile: ON CONFLICT waits for
@@ -233,8 +234,8 @@ WHERE NOT EXISTS (SELECT FROM refreshed)`
 // payloadChangedSQL compares the stored payload_json with given.payload, text
 // or NULL for not given, as jsonb. The column is json, and another service may
 // have stored what jsonb refuses (\u0000, lone surrogates, numbers out of range):
-// casting that would abort the caller's transaction. So a stored
-// payload whose text differs and that may hold such a thing counts as changed.
+// casting that would abort the caller's transaction. So a stored payload that may
+// hold such a thing counts as changed when its text differs.
 const payloadChangedSQL = `CASE
 			WHEN given.payload IS NULL OR payload_json::text = given.payload THEN false
 			WHEN payload_json IS NULL OR ` + maybeNotJSONBSQL + ` THEN true
