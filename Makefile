@@ -4,7 +4,7 @@
 # make lint            the linters of .golangci.yml, and formatting
 # make fuzz            the payload fuzzer, for FUZZTIME (default 1m)
 # make images          what the tests need of Docker, without running them
-# make clean           removes what the tests left in Docker
+# make clean           removes all containers and images of the tests, running ones too
 #
 # The tests need Docker, or an installed PostgreSQL and PgBouncer. As root on a
 # system with apt-get, missing packages are installed where there is no Docker.
@@ -15,7 +15,7 @@ SHELL := /bin/bash
 
 PG ?= 15 17 18
 FUZZTIME ?= 1m
-TIMEOUT ?= 5m
+TIMEOUT ?= 10m
 GO ?= go
 GOTEST = $(GO) test -race -count=1 -timeout=$(TIMEOUT)
 LINT = $(GO) tool -modfile=$(CURDIR)/tools.mod golangci-lint run
@@ -77,5 +77,5 @@ fuzz:
 
 .PHONY: clean
 clean:
-	-@docker ps -aq --filter label=outbox.test=1 --filter status=exited | xargs -r docker rm -v
+	-@docker ps -aq --filter label=outbox.test=1 | xargs -r docker rm -fv
 	-@docker image ls -q --filter label=outbox.stamp | sort -u | xargs -r docker image rm -f

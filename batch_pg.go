@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"cmp"
 	"context"
+	"fmt"
 	"log/slog"
 	"slices"
 	"strings"
@@ -12,11 +13,12 @@ import (
 	"github.com/jackc/pgx/v5/pgtype"
 )
 
-// maxBatchBytes bounds the payloads of one batch: PostgreSQL takes messages and
-// arrays of less than 1 GiB, and the simple protocol may double a quoted text.
-const maxBatchBytes = 256 << 20
+// maxBatchBytes bounds the payloads of one batch: PostgreSQL takes messages of less
+// than 1 GiB, a refresh may send a payload twice, and an array or a literal doubles
+// each quote and backslash, the simple protocol both.
+const maxBatchBytes = 64 << 20
 
-// AddNotifications implements [Store].
+// AddNotifications implements [Store], which has the details.
 func (s *PGStore) AddNotifications(ctx context.Context, tx pgx.Tx, ns []NewNotification) ([]AddResult, error) {
 	if isNil(tx) {
 		return nil, invalid("tx", "nil")
@@ -31,17 +33,15 @@ func (s *PGStore) AddNotifications(ctx context.Context, tx pgx.Tx, ns []NewNotif
 			}
 		}
 		if bad != nil {
-			bad.Index = i
-			return nil, bad
+			return nil, bad.at(i)
 		}
 		ins[i] = in
 	}
-	for i := range ins {
+	if i := slices.IndexFunc(ins, func(in input) bool { return beyondInteger(in.key.BookingID) }); i >= 0 {
 		if bad, err := s.fits(ctx, tx, ins[i].key); err != nil {
 			return nil, s.explain("add notifications", err)
 		} else if bad != nil {
-			bad.Index = i
-			return nil, bad
+			return nil, bad.at(i)
 		}
 	}
 	results := make([]AddResult, len(ns))
@@ -104,58 +104,33 @@ RETURNING 'created', false, ` + rowColumns
 // $11 together, $12 changes: see folded.
 const refreshManySQL = `
 WITH refresh AS MATERIALIZED (
-	SELECT found_id, pending, in_flight, given_recruiter, given_payload, given_correlation, given_not_before, given_not_after,
-		bump, payload_changed OR changes > 0 AS payload_written,
-		pending AND (
-			bump > 0
-			OR correlation_id IS DISTINCT FROM coalesce(given_correlation, correlation_id)
-			OR not_after IS DISTINCT FROM coalesce(given_not_after, not_after)
-			OR next_retry_at IS DISTINCT FROM given_not_before
-			OR NOT in_flight AND (attempts IS DISTINCT FROM 0 OR pg_catalog.num_nonnulls(locked_at, lease_token, lease_until) > 0)
-		) AS dirty
+	SELECT *, pending AND (bump > 0 OR ` + otherwiseDirtySQL + `) AS dirty
 	FROM (
-		SELECT *, changes + CASE WHEN together THEN (recruiter_changed OR payload_changed)::int
-			ELSE recruiter_changed::int + payload_changed::int END AS bump
+		SELECT *, payload_changed OR changes > 0 AS payload_written,
+			changes + CASE WHEN together THEN (recruiter_changed OR payload_changed)::int
+				ELSE recruiter_changed::int + payload_changed::int END AS bump
 		FROM (
-			SELECT o.id AS found_id, o.correlation_id, o.not_after, o.next_retry_at, o.attempts, o.locked_at, o.lease_token, o.lease_until,
-				i.recruiter_tg_id AS given_recruiter, i.payload AS given_payload, i.correlation_id AS given_correlation,
-				i.not_before AS given_not_before, i.not_after AS given_not_after, i.together, i.changes,
-				o.status = 'pending' AS pending,
-				o.status = 'pending' AND o.lease_token IS NOT NULL
-					AND coalesce(o.lease_until > pg_catalog.clock_timestamp(), false) AS in_flight,
-				o.recruiter_tg_id IS DISTINCT FROM coalesce(i.first_recruiter, o.recruiter_tg_id) AS recruiter_changed,
+			SELECT o.id AS found_id, ` + refreshInputSQL + `,
+				given_recruiter, given_payload, given_correlation, given_not_before, given_not_after, together, changes,
+				o.status = 'pending' AS pending, o.status = 'pending' AND ` + inFlightSQL + ` AS in_flight,
+				recruiter_tg_id IS DISTINCT FROM coalesce(first_recruiter, recruiter_tg_id) AS recruiter_changed,
 				o.status = 'pending' AND ` + payloadChangedSQL + ` AS payload_changed
 			FROM unnest($1::text[], $2::bigint[], $3::bigint[], $4::bigint[], $5::text[], $6::text[],
 				$7::timestamptz[], $8::timestamptz[], $9::bigint[], $10::text[], $11::boolean[], $12::bigint[])
-				AS i (type, booking_id, candidate_tg_id, recruiter_tg_id, payload, correlation_id, not_before, not_after,
+				AS i (type, booking_id, candidate_tg_id, given_recruiter, given_payload, given_correlation, given_not_before, given_not_after,
 					first_recruiter, first_payload, together, changes)
 			CROSS JOIN LATERAL (
 				SELECT * FROM {table} AS o WHERE {keys} ORDER BY type, booking_id, candidate_tg_id LIMIT 1
 			) AS o
-			CROSS JOIN LATERAL (SELECT i.first_payload) AS given (payload)
 		) AS compared
 	) AS counted
 ), refreshed AS (
-	UPDATE {table} SET
-		recruiter_tg_id = coalesce(given_recruiter, recruiter_tg_id),
-		payload_json    = CASE WHEN payload_written THEN coalesce(given_payload::json, payload_json) ELSE payload_json END,
-		correlation_id  = coalesce(given_correlation, correlation_id),
-		next_retry_at   = given_not_before,
-		not_after       = coalesce(given_not_after, not_after),
-		version         = version + bump,
-		attempts        = CASE WHEN in_flight THEN attempts ELSE 0 END,
-		locked_at       = CASE WHEN in_flight THEN locked_at END,
-		lease_token     = CASE WHEN in_flight THEN lease_token END,
-		lease_until     = CASE WHEN in_flight THEN lease_until END
-	FROM refresh
-	WHERE id = found_id AND dirty
-	RETURNING ` + rowColumns + `, in_flight
+	` + refreshSQL + `
 )
 SELECT 'refreshed', in_flight, ` + rowColumns + ` FROM refreshed
 UNION ALL
 SELECT CASE WHEN pending THEN 'refreshed' ELSE 'existing' END, in_flight, ` + rowColumns + `
-FROM refresh JOIN {table} ON id = found_id
-WHERE NOT dirty`
+FROM (SELECT found_id, pending, in_flight FROM refresh WHERE NOT dirty) AS unchanged JOIN {table} ON id = found_id`
 
 // addMany runs at most one statement to compare the payloads of a key given
 // twice, then for each shape of key one that inserts or locks, then for each
@@ -189,6 +164,9 @@ func (s *PGStore) addMany(ctx context.Context, tx pgx.Tx, ins []input, results [
 				return err
 			}
 			f := byKey[res.Notification.Key()]
+			if f == nil {
+				return fmt.Errorf("PostgreSQL gave a row of a key that was not asked for, %s: a trigger may have changed it", res.Notification.Key())
+			}
 			f.done = true
 			for i, at := range f.at {
 				results[at] = res
@@ -217,6 +195,11 @@ func (s *PGStore) addMany(ctx context.Context, tx pgx.Tx, ins []input, results [
 				c.firstRecruiters, c.firstPayloads, c.together, c.changes)); err != nil {
 				return err
 			}
+		}
+	}
+	for _, f := range keys {
+		if !f.done {
+			return fmt.Errorf("%s: %w", f.key, errNoRow)
 		}
 	}
 	return nil

@@ -205,12 +205,12 @@ func TestAddNotifications(t *testing.T) {
 		t.Parallel()
 		db := newDB(t)
 		payload := json.RawMessage(`"` + string(slices.Repeat([]byte("a"), 1<<20-2)) + `"`)
-		ns := make([]outbox.NewNotification, 257)
+		ns := make([]outbox.NewNotification, 65)
 		for i := range ns {
 			ns[i] = outbox.NewNotification{Type: "big", BookingID: int64(i + 1), Payload: payload}
 		}
 		_, err := db.store.AddNotifications(t.Context(), db.begin(t), ns)
-		requireInvalid(t, err, "Payload", 256, "batch")
+		requireInvalid(t, err, "Payload", 64, "batch")
 	})
 }
 

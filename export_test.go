@@ -9,7 +9,8 @@ func CheckPayload(b []byte) error {
 }
 
 // MaybeNotJSONBSQL is the guard in front of the cast of a stored payload_json.
-const MaybeNotJSONBSQL = maybeNotJSONBSQL
+const MaybeNotJSONBSQL = `(payload_json::text ~ ` + maybeNotJSONBRegex + ` OR
+	payload_json::text ~ ` + surrogateRegex + ` AND payload_json::text ~ ` + loneSurrogateRegex + `)`
 
 // AddSQL and InsertManySQL are the statements for a key with the parts that k has.
 func (s *PGStore) AddSQL(k Key) string         { return s.sql.add[k.shape()] }

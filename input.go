@@ -39,10 +39,10 @@ func (s *PGStore) check(n NewNotification) (input, *InvalidError) {
 		return input{}, invalid("CorrelationID", "%d characters, over the limit of %d", chars, maxCorrelationIDChars)
 	}
 	if badTime(n.NotBefore) {
-		return input{}, invalid("NotBefore", "the year %d is not between 1 and 9999", n.NotBefore.Year())
+		return input{}, invalid("NotBefore", "the year %d (UTC) is not between 1 and 9999", n.NotBefore.UTC().Year())
 	}
 	if badTime(n.NotAfter) {
-		return input{}, invalid("NotAfter", "the year %d is not between 1 and 9999", n.NotAfter.Year())
+		return input{}, invalid("NotAfter", "the year %d (UTC) is not between 1 and 9999", n.NotAfter.UTC().Year())
 	}
 	in := input{
 		key:         n.Key(),

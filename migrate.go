@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"math/rand/v2"
 	"strconv"
 	"strings"
 	"time"
@@ -35,13 +36,15 @@ func Migrate(ctx context.Context, pool *pgxpool.Pool) error {
 // is missing, all in one transaction: it does everything or nothing.
 //
 // It may be called by many processes at once, on each start: one migrates, the
-// others wait, and once the schema is current a call is one query without locks
-// that needs no more than SELECT on outbox_migrations. A schema that is newer
-// than this version of the library is left alone.
+// others wait, and once the schema is current a call is two short queries, takes
+// no lock that anybody could notice and needs no more than SELECT on
+// outbox_migrations. A schema that is newer than this version of the library is
+// left alone.
 //
 // What a migration locks, and for how long, stands at the top of its file in the
-// package migrations. Migrate waits for a lock for a second at a time, and then
-// lets those through who queue up behind it; it goes on trying until ctx ends.
+// package migrations. Migrate waits for a lock for 200 ms at a time, so that
+// readers and writers do not queue up behind it for longer, and tries again every
+// second or so until ctx ends. However many processes migrate, one at a time waits.
 //
 // A table that cannot be taken over, above all because rows share a key, is an
 // error that lists the reasons, and is not changed.
@@ -50,37 +53,32 @@ func (s *PGStore) Migrate(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("outbox: migrate: %w", err)
 	}
-	latest := files[len(files)-1].version
-	version, err := s.schemaVersion(ctx, s.pool)
-	if err != nil {
-		return s.explain("migrate", err)
-	}
-	for tries := 1; version < latest; tries++ {
-		err := pgx.BeginFunc(ctx, s.pool, func(tx pgx.Tx) error { return s.migrateTx(ctx, tx, files) })
+	for {
+		version, err := s.schemaVersion(ctx, s.pool)
+		if err != nil {
+			return fmt.Errorf("outbox: migrate: %w", err)
+		}
+		if version >= files[len(files)-1].version {
+			return nil
+		}
+		// Not the session's defaults: a snapshot taken before the lock would hide what
+		// another process has just migrated.
+		err = pgx.BeginTxFunc(ctx, s.pool, pgx.TxOptions{IsoLevel: pgx.ReadCommitted, AccessMode: pgx.ReadWrite},
+			func(tx pgx.Tx) error { return s.migrateTx(ctx, tx, files) })
 		if err == nil {
 			return nil
 		}
-		if sqlState(err) != codeLockTimeout {
-			return s.explainMigration(err)
+		if !errors.Is(err, errMigrating) {
+			return explainMigration(err)
 		}
-		s.logger.LogAttrs(ctx, slog.LevelWarn, "outbox: migration waits for a lock", slog.String("table", s.table), slog.Int("tries", tries))
-		if err := sleep(ctx, time.Second); err != nil {
-			return fmt.Errorf("outbox: migrate: %w while others held locks on %s", err, s.table)
+		if err := sleep(ctx, 100*time.Millisecond+rand.N(200*time.Millisecond)); err != nil {
+			return fmt.Errorf("outbox: migrate: %w while another process migrated schema %q", err, s.schema)
 		}
 	}
-	return nil
 }
 
-func sleep(ctx context.Context, d time.Duration) error {
-	timer := time.NewTimer(d)
-	defer timer.Stop()
-	select {
-	case <-ctx.Done():
-		return ctx.Err()
-	case <-timer.C:
-		return nil
-	}
-}
+// errMigrating: another process holds the lock for migrating.
+var errMigrating = errors.New("another process is migrating")
 
 type migrationFile struct {
 	version int
@@ -126,7 +124,9 @@ func (s *PGStore) schemaVersion(ctx context.Context, db queryRower) (int, error)
 }
 
 // migrateTx applies what is missing. The advisory lock is of the transaction, so
-// that it also holds behind a pooler; it is for one schema of one database.
+// that it also holds behind a pooler; it is for one schema of one database. It is
+// kept while the locks on the table are waited for, so that others do not take
+// turns in blocking the table's users.
 func (s *PGStore) migrateTx(ctx context.Context, tx pgx.Tx, files []migrationFile) error {
 	var server int
 	if err := tx.QueryRow(ctx, "SELECT pg_catalog.current_setting('server_version_num')::int").Scan(&server); err != nil {
@@ -135,15 +135,20 @@ func (s *PGStore) migrateTx(ctx context.Context, tx pgx.Tx, files []migrationFil
 	if server < minServerVersion {
 		return fmt.Errorf("PostgreSQL %d is too old, the outbox needs 15 or newer", server/10000)
 	}
-	schema := pgx.Identifier{s.schema}.Sanitize()
-	// pg_temp last: else a temporary table of the name would be taken for the outbox.
-	// A statement_timeout made for queries would never let an index be built.
-	if _, err := tx.Exec(ctx, "SET LOCAL lock_timeout = '1s'; SET LOCAL statement_timeout = 0; SET LOCAL search_path = "+
-		schema+", pg_temp", pgx.QueryExecModeSimpleProtocol); err != nil {
+	var mine bool
+	if err := tx.QueryRow(ctx, "SELECT pg_catalog.pg_try_advisory_xact_lock(pg_catalog.hashtextextended($1::text, 0))",
+		"outbox migrate "+s.schema).Scan(&mine); err != nil {
 		return err
 	}
-	if _, err := tx.Exec(ctx, "SELECT pg_catalog.pg_advisory_xact_lock(pg_catalog.hashtextextended($1::text, 0))",
-		"outbox migrate "+s.schema); err != nil {
+	if !mine {
+		return errMigrating
+	}
+	schema := pgx.Identifier{s.schema}.Sanitize()
+	// pg_temp last: else a temporary table of the name would be taken for the outbox.
+	// Timeouts made for a service's queries would never let an index be built.
+	if _, err := tx.Exec(ctx, "SET LOCAL lock_timeout = '200ms'; SET LOCAL statement_timeout = 0;"+
+		"SET LOCAL idle_in_transaction_session_timeout = 0; SET LOCAL search_path = "+schema+", pg_temp",
+		pgx.QueryExecModeSimpleProtocol); err != nil {
 		return err
 	}
 	var there bool
@@ -163,21 +168,44 @@ func (s *PGStore) migrateTx(ctx context.Context, tx pgx.Tx, files []migrationFil
 		if f.version <= version {
 			continue
 		}
-		if _, err := tx.Exec(ctx, f.sql, pgx.QueryExecModeSimpleProtocol); err != nil {
+		if err := s.applyFile(ctx, tx, f); err != nil {
 			return err
 		}
-		s.logger.LogAttrs(ctx, slog.LevelInfo, "outbox: migrated", slog.String("table", s.table), slog.Int("version", f.version))
+		s.logger.LogAttrs(ctx, slog.LevelInfo, "outbox: migrated", slog.String("schema", s.schema), slog.Int("version", f.version))
 	}
 	return nil
 }
 
-// explainMigration shows the detail of PostgreSQL's error, where a refused
-// takeover lists its reasons.
-func (s *PGStore) explainMigration(err error) error {
-	err = s.explain("migrate "+s.table, err)
+// applyFile runs a file in a savepoint, again until it gets its locks.
+func (s *PGStore) applyFile(ctx context.Context, tx pgx.Tx, f migrationFile) error {
+	for tries := 1; ; tries++ {
+		err := pgx.BeginFunc(ctx, tx, func(savepoint pgx.Tx) error {
+			_, err := savepoint.Exec(ctx, f.sql, pgx.QueryExecModeSimpleProtocol)
+			return err
+		})
+		if code := sqlState(err); code != codeLockTimeout && code != codeDeadlock {
+			return err
+		}
+		s.logger.LogAttrs(ctx, slog.LevelWarn, "outbox: migration waits for locks that others hold",
+			slog.String("schema", s.schema), slog.Int("version", f.version), slog.Int("tries", tries))
+		if err := sleep(ctx, time.Second+rand.N(time.Second/2)); err != nil {
+			return fmt.Errorf("%w while others held locks on %s", err, s.table)
+		}
+	}
+}
+
+// explainMigration adds the detail of PostgreSQL's error, where a refused takeover
+// lists its reasons.
+func explainMigration(err error) error {
 	var pg *pgconn.PgError
-	if errors.As(err, &pg) && pg.Detail != "" {
-		return fmt.Errorf("%w\n%s\n%s", err, pg.Detail, pg.Hint)
+	errors.As(err, &pg)
+	err = fmt.Errorf("outbox: migrate: %w", err)
+	if pg != nil {
+		for _, more := range []string{pg.Detail, pg.Hint} {
+			if more != "" {
+				err = fmt.Errorf("%w\n%s", err, more)
+			}
+		}
 	}
 	return err
 }

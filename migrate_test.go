@@ -44,6 +44,10 @@ const pythonInsert = `INSERT INTO outbox_notifications (booking_id, type, payloa
 	status, attempts, created_at, locked_at, next_retry_at, last_error, correlation_id)
 	VALUES ($1, $2, '{"slot": "10:00"}', $3, 99, 'pending', 0, now(), NULL, NULL, NULL, 'py') RETURNING id`
 
+// prebuiltIndex is the README's advice for large tables.
+const prebuiltIndex = `CREATE UNIQUE INDEX CONCURRENTLY outbox_notifications_key
+	ON outbox_notifications (type, booking_id, candidate_tg_id) NULLS NOT DISTINCT`
+
 const pythonSelect = `SELECT id, booking_id, type, payload_json, candidate_tg_id, recruiter_tg_id, status, attempts, created_at,
 	locked_at, next_retry_at, last_error, correlation_id FROM outbox_notifications WHERE status = 'pending'`
 
@@ -98,23 +102,52 @@ func TestMigrate(t *testing.T) {
 		db.exec(t, "DROP OWNED BY "+role)
 	})
 
-	t.Run("is_safe_from_many_processes_at_once", func(t *testing.T) {
+	for _, defaults := range []string{"read committed", "repeatable read", "serializable"} {
+		t.Run("is_safe_from_many_processes_at_once_under_"+strings.ReplaceAll(defaults, " ", "_"), func(t *testing.T) {
+			t.Parallel()
+			db := newEmptyDB(t)
+			db.exec(t, pythonTable)
+			pool := newPool(t, db.url, func(cfg *pgxpool.Config) {
+				cfg.ConnConfig.RuntimeParams["default_transaction_isolation"] = defaults
+				cfg.ConnConfig.RuntimeParams["default_transaction_read_only"] = "on"
+			})
+			for _, schema := range []string{"public", "a", "b", "c"} { // a table to take over, and schemas to create
+				store, err := outbox.NewPGStore(pool, outbox.Config{Schema: schema, Logger: discard})
+				require.NoError(t, err)
+				var wg sync.WaitGroup
+				for range 16 {
+					wg.Go(func() {
+						if err := store.Migrate(t.Context()); err != nil {
+							t.Error(err)
+						}
+					})
+				}
+				wg.Wait()
+				require.Equal(t, 1, one[int](t, db, "SELECT count(*) FROM "+schema+".outbox_migrations"))
+			}
+		})
+	}
+
+	t.Run("lets_one_process_at_a_time_wait_for_the_tables_lock", func(t *testing.T) {
+		// Each one that waits holds up all who come to the table after it.
 		t.Parallel()
 		db := newEmptyDB(t)
 		db.exec(t, pythonTable)
-		for _, schema := range []string{"public", "a", "b", "c"} { // a table to take over, and schemas to create
-			store, err := outbox.NewPGStore(db.Pool, outbox.Config{Schema: schema, Logger: discard})
+		reader := db.begin(t)
+		one[int](t, reader, "SELECT count(*) FROM outbox_notifications")
+		ctx := t.Context()
+		var waits []<-chan result[any]
+		for range 8 {
+			waits = append(waits, later(func() (any, error) { return nil, db.store.Migrate(ctx) }))
+		}
+		db.waitBlocked(t, 1)
+		for range 300 {
+			require.LessOrEqual(t, one[int](t, db, "SELECT count(*) FROM pg_locks WHERE NOT granted AND mode = 'AccessExclusiveLock'"), 1)
+		}
+		require.NoError(t, reader.Rollback(t.Context()))
+		for _, c := range waits {
+			_, err := await(t, c)
 			require.NoError(t, err)
-			var wg sync.WaitGroup
-			for range 16 {
-				wg.Go(func() {
-					if err := store.Migrate(t.Context()); err != nil {
-						t.Error(err)
-					}
-				})
-			}
-			wg.Wait()
-			require.Equal(t, 1, one[int](t, db, "SELECT count(*) FROM "+schema+".outbox_migrations"))
 		}
 	})
 
@@ -176,12 +209,15 @@ func TestMigrate(t *testing.T) {
 		reader := db.begin(t)
 		one[int](t, reader, "SELECT count(*) FROM outbox_notifications")
 		ctx, cancel := context.WithCancel(t.Context())
-		c := later(func() (any, error) { return nil, outbox.Migrate(ctx, db.Pool) })
+		c := later(func() (any, error) { return nil, db.store.Migrate(ctx) })
 		db.waitBlocked(t, 1)
 		// queued up behind the migration, and let through by its lock_timeout
-		db.exec(t, pythonInsert, 1, "reject", 42)
+		insertCtx, done := context.WithTimeout(ctx, 30*time.Second)
+		defer done()
+		_, err := db.Exec(insertCtx, pythonInsert, 1, "reject", 42)
+		require.NoError(t, err)
 		cancel()
-		_, err := await(t, c)
+		_, err = await(t, c)
 		require.ErrorIs(t, err, context.Canceled)
 		require.NoError(t, reader.Rollback(t.Context()))
 		require.NoError(t, outbox.Migrate(t.Context(), db.Pool))
@@ -194,6 +230,17 @@ func TestMigrate(t *testing.T) {
 		require.NoError(t, onServer("CREATE DATABASE "+name+" TEMPLATE template0 ENCODING 'LATIN1' LC_COLLATE 'C' LC_CTYPE 'C'"))
 		t.Cleanup(func() { require.NoError(t, onServer("DROP DATABASE "+name+" WITH (FORCE)")) })
 		require.ErrorContains(t, outbox.Migrate(t.Context(), newPool(t, databaseURL(name), nil)), "encoding LATIN1")
+	})
+
+	t.Run("refuses_a_table_in_a_later_schema_of_the_search_path", func(t *testing.T) {
+		// Only a tool can meet that. It would create a second outbox, empty.
+		t.Parallel()
+		db := newEmptyDB(t)
+		db.exec(t, pythonTable+"; CREATE SCHEMA app")
+		sql, err := migrations.FS.ReadFile("0001_outbox_notifications.up.sql")
+		require.NoError(t, err)
+		_, err = db.Exec(t.Context(), "SET search_path = app, public;"+string(sql), pgx.QueryExecModeSimpleProtocol)
+		require.ErrorContains(t, err, "finds outbox_notifications in another")
 	})
 
 	t.Run("is_what_the_files_do", func(t *testing.T) {
@@ -320,7 +367,7 @@ func TestAdoption(t *testing.T) {
 		db.exec(t, pythonInsert, 2, "reject", 42)
 		before := describe(t, db)
 		err := outbox.Migrate(t.Context(), db.Pool)
-		require.ErrorContains(t, err, "3 keys are shared by more than one row")
+		require.ErrorContains(t, err, "rows share a key (3 keys)")
 		require.ErrorContains(t, err, "type 'reject', booking_id 1, candidate_tg_id NULL: 2 rows, id 1, 4")
 		require.ErrorContains(t, err, "type 'di''gest', booking_id NULL, candidate_tg_id NULL: 2 rows, id 2, 5")
 		require.ErrorContains(t, err, "type 'reject', booking_id NULL, candidate_tg_id 42: 2 rows, id 3, 6")
@@ -340,7 +387,7 @@ func TestAdoption(t *testing.T) {
 		db.exec(t, `INSERT INTO outbox_notifications (type, payload_json, recruiter_tg_id, created_at)
 			SELECT 't' || i % 150, '{}', 1, now() FROM generate_series(0, 4499) i`)
 		err := outbox.Migrate(t.Context(), db.Pool)
-		require.ErrorContains(t, err, "150 keys are shared")
+		require.ErrorContains(t, err, "(150 keys)")
 		require.ErrorContains(t, err, "30 rows, id 1, 151, ")
 		require.ErrorContains(t, err, "and 50 more keys")
 		require.Equal(t, 100, strings.Count(err.Error(), "30 rows, id"))
@@ -375,13 +422,70 @@ func TestAdoption(t *testing.T) {
 		db.exec(t, pythonInsert, 1, "reject", nil)
 		db.exec(t, "UPDATE outbox_notifications SET status = NULL")
 		require.ErrorContains(t, outbox.Migrate(t.Context(), db.Pool), "1 rows have no type or no status")
+		db.exec(t, prebuiltIndex)
+		require.ErrorContains(t, outbox.Migrate(t.Context(), db.Pool), "1 rows have no type or no status")
 	})
+
+	// ON CONFLICT minds the unique indexes on just the columns of the key and no
+	// others, so beside one of these a rival would surface as a unique violation.
+	for name, c := range map[string]struct{ sql, complaint string }{
+		"an_index_on_expressions": {"CREATE UNIQUE INDEX odd ON outbox_notifications (type, coalesce(booking_id, 0), coalesce(candidate_tg_id, 0))", "index odd"},
+		"a_partial_index":         {"CREATE UNIQUE INDEX odd ON outbox_notifications (type, booking_id, candidate_tg_id) WHERE status = 'pending'", "index odd"},
+		"fewer_columns":           {"CREATE UNIQUE INDEX odd ON outbox_notifications (type, booking_id)", "index odd"},
+		"more_columns":            {"ALTER TABLE outbox_notifications ADD CONSTRAINT odd UNIQUE (type, booking_id, candidate_tg_id, recruiter_tg_id)", "index odd"},
+		"an_exclusion":            {"ALTER TABLE outbox_notifications ADD CONSTRAINT odd EXCLUDE (correlation_id WITH =)", "index odd"},
+		"another_primary_key": {"ALTER TABLE outbox_notifications DROP CONSTRAINT outbox_notifications_pkey, ADD COLUMN uid uuid PRIMARY KEY DEFAULT gen_random_uuid()",
+			"column id has no unique index of its own"},
+		"the_key_as_primary_key": {"ALTER TABLE outbox_notifications DROP CONSTRAINT outbox_notifications_pkey, ADD UNIQUE (id), ADD CONSTRAINT odd PRIMARY KEY (type, booking_id, candidate_tg_id)", "index odd"},
+		"a_collation_that_folds": {"CREATE COLLATION folds (provider = icu, locale = 'und-u-ks-level2', deterministic = false); ALTER TABLE outbox_notifications ALTER type TYPE varchar(50) COLLATE folds",
+			"column type has a nondeterministic collation"},
+		"a_version_that_may_be_NULL": {"ALTER TABLE outbox_notifications ADD version bigint", "column version must be NOT NULL and have a default"},
+	} {
+		t.Run("refuses_"+name, func(t *testing.T) {
+			t.Parallel()
+			db := newEmptyDB(t)
+			db.exec(t, pythonTable)
+			db.exec(t, c.sql)
+			before := describe(t, db)
+			require.ErrorContains(t, outbox.Migrate(t.Context(), db.Pool), c.complaint)
+			require.Equal(t, before, describe(t, db))
+		})
+	}
+
+	// Whatever the old constraint is like, adds work afterwards and one index is left.
+	const dropOld = "ALTER TABLE outbox_notifications DROP CONSTRAINT uq_outbox_type_booking_candidate"
+	for name, sql := range map[string]string{
+		"none":                          dropOld,
+		"deferrable":                    dropOld + ", ADD CONSTRAINT old UNIQUE (type, booking_id, candidate_tg_id) DEFERRABLE INITIALLY DEFERRED",
+		"in_another_order":              dropOld + ", ADD CONSTRAINT old UNIQUE (candidate_tg_id, booking_id, type)",
+		"named_as_ours":                 dropOld + ", ADD CONSTRAINT outbox_notifications_key UNIQUE (type, booking_id, candidate_tg_id)",
+		"complete_already":              dropOld + ", ADD CONSTRAINT old UNIQUE NULLS NOT DISTINCT (type, booking_id, candidate_tg_id)",
+		"complete_but_deferrable":       dropOld + ", ADD CONSTRAINT old UNIQUE NULLS NOT DISTINCT (type, booking_id, candidate_tg_id) DEFERRABLE",
+		"twice_and_once_deferrable":     "ALTER TABLE outbox_notifications ADD CONSTRAINT again UNIQUE (type, booking_id, candidate_tg_id) DEFERRABLE",
+		"deferrable_beside_a_new_index": dropOld + ", ADD CONSTRAINT old UNIQUE (type, booking_id, candidate_tg_id) DEFERRABLE; CREATE UNIQUE INDEX mine ON outbox_notifications (type, booking_id, candidate_tg_id) NULLS NOT DISTINCT",
+		"beside_an_index_built_wrong":   "CREATE UNIQUE INDEX outbox_notifications_key ON outbox_notifications (type, booking_id, candidate_tg_id)",
+	} {
+		t.Run("replaces_a_constraint_"+name, func(t *testing.T) {
+			t.Parallel()
+			db := newEmptyDB(t)
+			db.exec(t, pythonTable)
+			db.exec(t, sql)
+			require.NoError(t, outbox.Migrate(t.Context(), db.Pool))
+			require.Equal(t, 1, one[int](t, db, `SELECT count(*) FROM pg_index WHERE indrelid = 'outbox_notifications'::regclass
+				AND indisunique AND NOT indisprimary AND indnullsnotdistinct AND indimmediate AND indisvalid`), describe(t, db))
+			require.Equal(t, 2, one[int](t, db, `SELECT count(*) FROM pg_index WHERE indrelid = 'outbox_notifications'::regclass AND indisunique`), describe(t, db))
+			for _, want := range []outbox.Outcome{outbox.OutcomeCreated, outbox.OutcomeRefreshed} {
+				require.Equal(t, want, db.add(t, outbox.NewNotification{Type: "reject", BookingID: 1}).Outcome)
+				require.Equal(t, want, db.addMany(t, outbox.NewNotification{Type: "batch", BookingID: 1})[0].Outcome)
+			}
+		})
+	}
 
 	t.Run("uses_an_index_built_beforehand", func(t *testing.T) {
 		t.Parallel()
 		db := newEmptyDB(t)
 		db.exec(t, pythonTable)
-		db.exec(t, "CREATE UNIQUE INDEX CONCURRENTLY outbox_notifications_key ON outbox_notifications (type, booking_id, candidate_tg_id) NULLS NOT DISTINCT")
+		db.exec(t, prebuiltIndex)
 		filenode := one[uint32](t, db, "SELECT relfilenode FROM pg_class WHERE relname = 'outbox_notifications_key'")
 		require.NoError(t, outbox.Migrate(t.Context(), db.Pool))
 		require.Equal(t, filenode, one[uint32](t, db, "SELECT relfilenode FROM pg_class WHERE relname = 'uq_outbox_type_booking_candidate'"))
@@ -393,7 +497,7 @@ func TestAdoption(t *testing.T) {
 		db.exec(t, pythonTable)
 		db.exec(t, pythonInsert, 1, "reject", nil)
 		db.exec(t, pythonInsert, 1, "reject", nil)
-		_, err := db.Exec(t.Context(), "CREATE UNIQUE INDEX CONCURRENTLY outbox_notifications_key ON outbox_notifications (type, booking_id, candidate_tg_id) NULLS NOT DISTINCT")
+		_, err := db.Exec(t.Context(), prebuiltIndex)
 		require.Equal(t, "23505", sqlState(t, err))
 		db.exec(t, "DELETE FROM outbox_notifications WHERE id = 2")
 		require.NoError(t, outbox.Migrate(t.Context(), db.Pool))

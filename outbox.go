@@ -12,6 +12,7 @@ import (
 // identity: that is the [Key].
 type Status string
 
+// A row that another service has given any other status counts as settled too.
 const (
 	StatusPending Status = "pending" // to be delivered, or being delivered
 	StatusSent    Status = "sent"    // accepted by the provider; final until requeued
@@ -49,7 +50,8 @@ type NewNotification struct {
 	RecruiterTgID int64  // 0: not given
 
 	// Payload is marshalled with encoding/json, except that a [json.RawMessage]
-	// is stored as it is. nil, and whatever becomes null or {}, is not given.
+	// is stored as it is: for bytes that are JSON already, since encoding/json makes
+	// a base64 string of a []byte. nil, and whatever becomes null or {}, is not given.
 	// Two payloads are the same content when they are equal as jsonb: white
 	// space, the order of keys and the spelling of numbers do not matter.
 	Payload any
@@ -62,7 +64,8 @@ type NewNotification struct {
 	NotBefore time.Time
 
 	// NotAfter is when the notification is too late to be of use: a row still
-	// pending then is failed and not sent. Zero: not given, never too late.
+	// pending then is failed and not sent. Zero: not given, never too late. One that
+	// was given once can be moved but not taken back.
 	NotAfter time.Time
 }
 
@@ -118,7 +121,7 @@ type AddResult struct {
 }
 
 // ErrInvalid is what errors.Is finds in every error about bad input. Such
-// errors come before any SQL is run, so the caller's transaction is as it was.
+// errors come before any SQL that could fail, so the caller's transaction is as it was.
 // Trying again does not help. [InvalidError] has the details.
 var ErrInvalid = errors.New("outbox: invalid input")
 
@@ -132,11 +135,12 @@ type InvalidError struct {
 	Reason string
 	Index  int // the element's index in AddNotifications; -1 elsewhere
 
-	cause error
+	inBatch bool
+	cause   error
 }
 
 func (e *InvalidError) Error() string {
-	if e.Index >= 0 {
+	if e.inBatch {
 		return fmt.Sprintf("outbox: notification %d: invalid %s: %s", e.Index, e.Field, e.Reason)
 	}
 	return fmt.Sprintf("outbox: invalid %s: %s", e.Field, e.Reason)
@@ -150,4 +154,10 @@ func (e *InvalidError) Unwrap() error { return e.cause }
 
 func invalid(field, format string, args ...any) *InvalidError {
 	return &InvalidError{Field: field, Reason: fmt.Sprintf(format, args...), Index: -1}
+}
+
+// at makes e an error about the element i of a batch.
+func (e *InvalidError) at(i int) *InvalidError {
+	e.Index, e.inBatch = i, true
+	return e
 }

@@ -85,7 +85,8 @@ type jsonScanner struct {
 	depth int
 
 	// refuseReplacement refuses the escape \ufffd, which is what encoding/json
-	// silently makes of a Go string that is not valid UTF-8.
+	// silently makes of a Go string that is not valid UTF-8. (A raw message inside a
+	// value may have that escape itself; passed as the payload it is let through.)
 	refuseReplacement bool
 }
 

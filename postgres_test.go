@@ -6,9 +6,11 @@ import (
 	"fmt"
 	"net/url"
 	"os"
+	"os/signal"
 	"strconv"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -49,7 +51,7 @@ func runTests(m *testing.M) (code int, err error) {
 		defer cancel()
 		server, err = pgserver.Start(ctx, pgserver.Options{
 			Version:  os.Getenv("OUTBOX_TEST_POSTGRES"),
-			Settings: map[string]string{"max_connections": "500", "max_prepared_transactions": "10"},
+			Settings: map[string]string{"max_connections": "500"},
 			Logf:     func(format string, args ...any) { fmt.Fprintf(os.Stderr, format+"\n", args...) },
 		})
 		if err != nil {
@@ -59,6 +61,13 @@ func runTests(m *testing.M) (code int, err error) {
 			if stopErr := server.Stop(); err == nil {
 				err = stopErr
 			}
+		}()
+		interrupted := make(chan os.Signal, 1)
+		signal.Notify(interrupted, os.Interrupt, syscall.SIGTERM)
+		go func() {
+			<-interrupted
+			_ = server.Stop() // nobody is left to tell
+			os.Exit(1)
 		}()
 		fmt.Println("testing on", server.Kind)
 		serverURL = server.URL
@@ -71,6 +80,9 @@ func runTests(m *testing.M) (code int, err error) {
 	if code == 0 {
 		err = goleak.Find(before)
 	}
+	if dropErr := onServer("DROP DATABASE IF EXISTS " + templateName); err == nil {
+		err = dropErr
+	}
 	return code, err
 }
 
@@ -82,18 +94,22 @@ type testDB struct {
 }
 
 var (
-	databases atomic.Int64
-	template  = sync.OnceValues(func() (string, error) {
-		name := fmt.Sprintf("outbox_template_%d", os.Getpid())
-		if err := onServer("CREATE DATABASE " + name); err != nil {
-			return "", err
+	databases    atomic.Int64
+	templateName = fmt.Sprintf("outbox_template_%d", os.Getpid())
+	template     = sync.OnceValue(func() error {
+		if err := onServer("CREATE DATABASE " + templateName); err != nil {
+			return err
 		}
-		pool, err := pgxpool.New(context.Background(), databaseURL(name))
+		pool, err := pgxpool.New(context.Background(), databaseURL(templateName))
 		if err != nil {
-			return "", err
+			return err
 		}
 		defer pool.Close()
-		return name, outbox.Migrate(context.Background(), pool)
+		store, err := outbox.NewPGStore(pool, outbox.Config{Logger: discard})
+		if err != nil {
+			return err
+		}
+		return store.Migrate(context.Background())
 	})
 )
 
@@ -121,9 +137,8 @@ func onServer(sql string) error {
 // newDB returns a migrated database that goes when the test ends.
 func newDB(t testing.TB) *testDB {
 	t.Helper()
-	name, err := template()
-	require.NoError(t, err)
-	return newDBFrom(t, name)
+	require.NoError(t, template())
+	return newDBFrom(t, templateName)
 }
 
 // newEmptyDB returns a database without the table.

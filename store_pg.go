@@ -68,6 +68,9 @@ func NewPGStore(pool *pgxpool.Pool, cfg Config) (*PGStore, error) {
 	if reason := badText(schema); reason != "" {
 		return nil, invalid("Schema", "%s", reason)
 	}
+	if schema == "$user" || strings.HasPrefix(schema, "pg_") {
+		return nil, invalid("Schema", "%q means something else to PostgreSQL", schema)
+	}
 	if len(schema) > maxIdentifierBytes {
 		return nil, invalid("Schema", "%d bytes, over PostgreSQL's limit of %d", len(schema), maxIdentifierBytes)
 	}
@@ -184,36 +187,21 @@ WITH found AS MATERIALIZED (
 	ORDER BY type, booking_id, candidate_tg_id LIMIT 1
 	FOR UPDATE
 ), refresh AS MATERIALIZED (
-	SELECT found_id, in_flight, recruiter_changed, payload_changed,
-		recruiter_changed OR payload_changed
-		OR correlation_id IS DISTINCT FROM coalesce($6::text, correlation_id)
-		OR not_after IS DISTINCT FROM coalesce($8::timestamptz, not_after)
-		OR next_retry_at IS DISTINCT FROM $7::timestamptz
-		OR NOT in_flight AND (attempts IS DISTINCT FROM 0 OR pg_catalog.num_nonnulls(locked_at, lease_token, lease_until) > 0)
-		AS dirty
+	SELECT *, bump > 0 OR ` + otherwiseDirtySQL + ` AS dirty
 	FROM (
-		SELECT id AS found_id, correlation_id, not_after, next_retry_at, attempts, locked_at, lease_token, lease_until,
-			lease_token IS NOT NULL AND coalesce(lease_until > pg_catalog.clock_timestamp(), false) AS in_flight,
-			recruiter_tg_id IS DISTINCT FROM coalesce($4::bigint, recruiter_tg_id) AS recruiter_changed,
-			` + payloadChangedSQL + ` AS payload_changed
-		FROM found, (SELECT $5::text) AS given (payload)
-		WHERE status = 'pending'
-	) AS pending
+		SELECT *, (recruiter_changed OR payload_written)::int AS bump
+		FROM (
+			SELECT id AS found_id, ` + refreshInputSQL + `,
+				given.*, ` + inFlightSQL + ` AS in_flight,
+				recruiter_tg_id IS DISTINCT FROM coalesce(given_recruiter, recruiter_tg_id) AS recruiter_changed,
+				` + payloadChangedSQL + ` AS payload_written
+			FROM found, (SELECT $4::bigint, $5::text, $5::text, $6::text, $7::timestamptz, $8::timestamptz)
+				AS given (given_recruiter, given_payload, first_payload, given_correlation, given_not_before, given_not_after)
+			WHERE status = 'pending'
+		) AS compared
+	) AS counted
 ), refreshed AS (
-	UPDATE {table} SET
-		recruiter_tg_id = coalesce($4::bigint, recruiter_tg_id),
-		payload_json    = CASE WHEN payload_changed THEN $5::text::json ELSE payload_json END,
-		correlation_id  = coalesce($6::text, correlation_id),
-		next_retry_at   = $7::timestamptz,
-		not_after       = coalesce($8::timestamptz, not_after),
-		version         = version + (recruiter_changed OR payload_changed)::int,
-		attempts        = CASE WHEN in_flight THEN attempts ELSE 0 END,
-		locked_at       = CASE WHEN in_flight THEN locked_at END,
-		lease_token     = CASE WHEN in_flight THEN lease_token END,
-		lease_until     = CASE WHEN in_flight THEN lease_until END
-	FROM refresh
-	WHERE id = found_id AND dirty
-	RETURNING ` + rowColumns + `, in_flight
+	` + refreshSQL + `
 ), created AS (
 	INSERT INTO {table} (type, booking_id, candidate_tg_id, recruiter_tg_id, payload_json, correlation_id,
 		status, attempts, created_at, next_retry_at, not_after)
@@ -228,37 +216,77 @@ UNION ALL
 SELECT 'refreshed', in_flight, ` + rowColumns + ` FROM refreshed
 UNION ALL
 SELECT CASE WHEN found_id IS NULL THEN 'existing' ELSE 'refreshed' END, coalesce(in_flight, false), ` + rowColumns + `
-FROM found LEFT JOIN refresh ON found_id = id
+FROM found LEFT JOIN (SELECT found_id, in_flight FROM refresh) AS pending ON found_id = id
 WHERE NOT EXISTS (SELECT FROM refreshed)`
 
-// payloadChangedSQL compares the stored payload_json with given.payload, text
-// or NULL for not given, as jsonb. The column is json, and another service may
-// have stored what jsonb refuses (\u0000, lone surrogates, numbers out of range):
-// casting that would abort the caller's transaction. So a stored payload that may
-// hold such a thing counts as changed when its text differs.
-const payloadChangedSQL = `CASE
-			WHEN given.payload IS NULL OR payload_json::text = given.payload THEN false
-			WHEN payload_json IS NULL OR ` + maybeNotJSONBSQL + ` THEN true
-			ELSE payload_json::jsonb <> given.payload::jsonb
-			END`
+// refreshSQL writes what refresh, in addSQL and in refreshManySQL, has worked out.
+const refreshSQL = `UPDATE {table} SET
+		recruiter_tg_id = coalesce(given_recruiter, recruiter_tg_id),
+		payload_json    = CASE WHEN payload_written THEN coalesce(given_payload::json, payload_json) ELSE payload_json END,
+		correlation_id  = coalesce(given_correlation, correlation_id),
+		next_retry_at   = given_not_before,
+		not_after       = coalesce(given_not_after, not_after),
+		version         = version + bump,
+		attempts        = CASE WHEN in_flight THEN attempts ELSE 0 END,
+		locked_at       = CASE WHEN in_flight THEN locked_at END,
+		lease_token     = CASE WHEN in_flight THEN lease_token END,
+		lease_until     = CASE WHEN in_flight THEN lease_until END
+	FROM (SELECT found_id, given_recruiter, given_payload, given_correlation, given_not_before, given_not_after,
+		payload_written, bump, in_flight FROM refresh WHERE dirty) AS refresh
+	WHERE id = found_id
+	RETURNING ` + rowColumns + `, in_flight`
 
-// maybeNotJSONBSQL is true of every json that jsonb refuses, and of little else:
-// NUL; a backslash before what looks like a surrogate; a high surrogate without
-// a low one and the reverse; long numbers and exponents. (Both types refuse the
-// same depths.) As an escape string it does not mind standard_conforming_strings.
-const maybeNotJSONBSQL = `payload_json::text ~ E'\\\\u0000'
-				'|\\\\\\\\u[dD]'
-				'|\\\\u[dD][89abAB]..(?!\\\\u[dD][c-fC-F])'
-				'|(?<!\\\\u[dD][89abAB]..)\\\\u[dD][c-fC-F]'
-				'|[0-9]{250}'
-				'|(^|[\\s:,[])-?[0-9]+(\\.[0-9]+)?[eE][+-]?[0-9]{4}'`
+// The parts that both statements compare alike. A delivery is under way while a
+// lease with a token has not ended.
+const (
+	refreshInputSQL = `correlation_id, not_after, next_retry_at, attempts, locked_at, lease_token, lease_until`
+
+	inFlightSQL = `(lease_token IS NOT NULL AND coalesce(lease_until > pg_catalog.clock_timestamp(), false))`
+
+	otherwiseDirtySQL = `correlation_id IS DISTINCT FROM coalesce(given_correlation, correlation_id)
+		OR not_after IS DISTINCT FROM coalesce(given_not_after, not_after)
+		OR next_retry_at IS DISTINCT FROM given_not_before
+		OR NOT in_flight AND (attempts IS DISTINCT FROM 0 OR pg_catalog.num_nonnulls(locked_at, lease_token, lease_until) > 0)`
+)
+
+// payloadChangedSQL compares the stored payload_json with first_payload, text or
+// NULL for not given, as jsonb. The column is json, and another service may have
+// stored what jsonb refuses (\u0000, lone surrogates, numbers out of range, sheer
+// size): casting that would abort the caller's transaction. So a stored payload
+// that may hold such a thing counts as changed when its text differs. The first
+// expression is cheap and lets nearly every payload through to the comparison; only
+// surrogates need the second, whose cost is some 2 ms a KiB.
+const payloadChangedSQL = `CASE
+				WHEN first_payload IS NULL OR payload_json::text = first_payload THEN false
+				WHEN payload_json IS NULL OR pg_catalog.octet_length(payload_json::text) > 32 * 1024 * 1024 THEN true
+				WHEN payload_json::text ~ ` + maybeNotJSONBRegex + ` THEN true
+				WHEN payload_json::text ~ ` + surrogateRegex + ` AND payload_json::text ~ ` + loneSurrogateRegex + ` THEN true
+				ELSE payload_json::jsonb <> first_payload::jsonb
+				END`
+
+// Together these match every json that jsonb refuses, and little else (FuzzPayload).
+// Both types refuse the same depths. Escape strings do not mind
+// standard_conforming_strings.
+const (
+	// NUL; long numbers, and exponents of four digits or more.
+	maybeNotJSONBRegex = `E'\\\\u0000|[0-9]{250}|(^|[\\s:,[])-?[0-9]+(\\.[0-9]+)?[eE][+-]?[0-9]{4}'`
+
+	surrogateRegex = `E'\\\\u[dD][89a-fA-F]'`
+
+	// A backslash before what looks like a surrogate; a high one without a low one;
+	// a low one without a high one.
+	loneSurrogateRegex = `E'\\\\\\\\u[dD]|\\\\u[dD][89abAB]..(?!\\\\u[dD][c-fC-F])|(?<!\\\\u[dD][89abAB]..)\\\\u[dD][c-fC-F]'`
+)
 
 // maxLookups bounds how often an add looks again. Each further look takes a
 // rival that created the row and another that deleted it, both within one
 // statement of ours.
 const maxLookups = 10
 
-// AddNotification implements [Store].
+// errNoRow: the statement neither found the key's row nor could insert it.
+var errNoRow = errors.New("PostgreSQL gave no row: a trigger or a policy on the table suppressed it, or others kept creating and deleting it")
+
+// AddNotification implements [Store], which has the details.
 func (s *PGStore) AddNotification(ctx context.Context, tx pgx.Tx, n NewNotification) (AddResult, error) {
 	if isNil(tx) {
 		return AddResult{}, invalid("tx", "nil")
@@ -286,8 +314,7 @@ func (s *PGStore) AddNotification(ctx context.Context, tx pgx.Tx, n NewNotificat
 		s.logExisting(ctx, res)
 		return res, nil
 	}
-	return AddResult{}, fmt.Errorf("outbox: add notification %s: the row was created and deleted by others %d times in a row",
-		in.key, maxLookups)
+	return AddResult{}, fmt.Errorf("outbox: add notification %s: %w", in.key, errNoRow)
 }
 
 // isNil reports whether tx is no transaction at all.
@@ -319,7 +346,7 @@ WHERE attrelid = pg_catalog.to_regclass($1::text) AND attname = 'booking_id'`
 // abort the transaction. Only ids beyond an integer cost a look at the catalog,
 // and once the column is known to be wide, none does.
 func (s *PGStore) fits(ctx context.Context, tx pgx.Tx, k Key) (*InvalidError, error) {
-	if math.MinInt32 <= k.BookingID && k.BookingID <= math.MaxInt32 || s.wideBookingID.Load() {
+	if !beyondInteger(k.BookingID) || s.wideBookingID.Load() {
 		return nil, nil
 	}
 	var wide bool
@@ -335,6 +362,8 @@ func (s *PGStore) fits(ctx context.Context, tx pgx.Tx, k Key) (*InvalidError, er
 	s.wideBookingID.Store(true)
 	return nil, nil
 }
+
+func beyondInteger(id int64) bool { return id < math.MinInt32 || id > math.MaxInt32 }
 
 func int8OrNull(v int64) pgtype.Int8  { return pgtype.Int8{Int64: v, Valid: v != 0} }
 func textOrNull(v string) pgtype.Text { return pgtype.Text{String: v, Valid: v != ""} }

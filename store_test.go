@@ -5,6 +5,8 @@ import (
 	"encoding/json"
 	"log/slog"
 	"math"
+	"os/exec"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -394,6 +396,25 @@ func TestAddNotification(t *testing.T) {
 		}
 	})
 
+	t.Run("says_when_a_trigger_leaves_it_without_a_row", func(t *testing.T) {
+		t.Parallel()
+		for body, says := range map[string]string{
+			"RETURN NULL":                            "a trigger or a policy",
+			"NEW.type = lower(NEW.type); RETURN NEW": "",
+		} {
+			db := newDB(t)
+			db.exec(t, `CREATE FUNCTION meddle() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN `+body+`; END $$;
+				CREATE TRIGGER meddle BEFORE INSERT ON outbox_notifications FOR EACH ROW EXECUTE FUNCTION meddle()`)
+			tx := db.begin(t)
+			_, err := db.store.AddNotifications(t.Context(), tx, []outbox.NewNotification{{Type: "Reject"}, {Type: "Confirm"}})
+			require.ErrorContains(t, err, "a trigger")
+			if says != "" {
+				_, err = db.store.AddNotification(t.Context(), tx, outbox.NewNotification{Type: "Reject"})
+				require.ErrorContains(t, err, says)
+			}
+		}
+	})
+
 	t.Run("draws_no_id_for_a_repeat", func(t *testing.T) {
 		t.Parallel()
 		db := newDB(t)
@@ -435,12 +456,14 @@ func TestNewPGStore(t *testing.T) {
 		cfg   outbox.Config
 		field string
 	}{
-		"nil pool":            {nil, outbox.Config{}, "pool"},
-		"NUL in schema":       {db.Pool, outbox.Config{Schema: "a\x00b"}, "Schema"},
-		"bad UTF-8 in schema": {db.Pool, outbox.Config{Schema: "a\xff"}, "Schema"},
-		"64 bytes of schema":  {db.Pool, outbox.Config{Schema: strings.Repeat("a", 64)}, "Schema"},
-		"negative payload":    {db.Pool, outbox.Config{MaxPayloadBytes: -1}, "MaxPayloadBytes"},
-		"payload over 16 MiB": {db.Pool, outbox.Config{MaxPayloadBytes: 16<<20 + 1}, "MaxPayloadBytes"},
+		"nil pool":               {nil, outbox.Config{}, "pool"},
+		"NUL in schema":          {db.Pool, outbox.Config{Schema: "a\x00b"}, "Schema"},
+		"bad UTF-8 in schema":    {db.Pool, outbox.Config{Schema: "a\xff"}, "Schema"},
+		"$user":                  {db.Pool, outbox.Config{Schema: "$user"}, "Schema"},
+		"a schema of PostgreSQL": {db.Pool, outbox.Config{Schema: "pg_outbox"}, "Schema"},
+		"64 bytes of schema":     {db.Pool, outbox.Config{Schema: strings.Repeat("a", 64)}, "Schema"},
+		"negative payload":       {db.Pool, outbox.Config{MaxPayloadBytes: -1}, "MaxPayloadBytes"},
+		"payload over 16 MiB":    {db.Pool, outbox.Config{MaxPayloadBytes: 16<<20 + 1}, "MaxPayloadBytes"},
 	} {
 		_, err := outbox.NewPGStore(c.pool, c.cfg)
 		requireInvalid(t, err, c.field, -1, name)
@@ -563,9 +586,10 @@ func TestLargestPayload(t *testing.T) {
 	db := newDB(t)
 	store, err := outbox.NewPGStore(db.Pool, outbox.Config{MaxPayloadBytes: 16 << 20, Logger: discard})
 	require.NoError(t, err)
+	// Each ends in a blank and a bracket or quote, so that the byte before it can go.
 	fill := func(open, unit, end string) json.RawMessage {
-		n := (16<<20 - len(open) - len(end)) / len(unit)
-		return json.RawMessage(open + strings.Repeat(unit, n-1) + strings.TrimSuffix(unit, ",") + end)
+		n := (16<<20 - len(open) - len(end) - 1) / len(unit)
+		return json.RawMessage(open + strings.Repeat(unit, n-1) + strings.TrimSuffix(unit, ",") + " " + end)
 	}
 	for name, payload := range map[string]json.RawMessage{
 		"numbers": fill("[", "1,", "]"),
@@ -574,12 +598,22 @@ func TestLargestPayload(t *testing.T) {
 		"string":  fill(`"`, "a", `"`),
 	} {
 		tx := db.begin(t)
-		for range 2 {
-			// the second comparison is of the texts, the third of jsonb
-			_, err = store.AddNotification(t.Context(), tx, outbox.NewNotification{Type: name, Payload: payload})
+		// the second is compared as text, the third as jsonb
+		for _, p := range []json.RawMessage{payload, payload, append(slices.Clone(payload[:len(payload)-2]), payload[len(payload)-1])} {
+			_, err = store.AddNotification(t.Context(), tx, outbox.NewNotification{Type: name, Payload: p})
 			require.NoError(t, err, name)
 		}
-		require.NotNil(t, one[*int](t, tx, "SELECT pg_column_size(payload_json::jsonb) FROM outbox_notifications WHERE type = $1", name))
 		require.NoError(t, tx.Rollback(t.Context()))
+	}
+}
+
+// TestImports keeps the root package to pgx, what that needs, and the standard
+// library: booking services import it everywhere.
+func TestImports(t *testing.T) {
+	t.Parallel()
+	out, err := exec.CommandContext(t.Context(), "go", "list", "-deps", "-f", "{{if not .Standard}}{{.ImportPath}}{{end}}", ".").Output()
+	require.NoError(t, err)
+	for path := range strings.FieldsSeq(string(out)) {
+		require.Regexp(t, `^(github\.com/jackc/|golang\.org/x/|github\.com/seed3357934d/outbox(/migrations)?$)`, path)
 	}
 }

@@ -53,8 +53,8 @@ const (
 
 // RunInTx runs fn in a transaction on pool and commits it. When fn or the commit
 // fails with an error that [IsRetryable], it rolls back, pauses for a random
-// time that grows from 10 ms to 1 s, and runs fn again in a new transaction, ten
-// times at most. fn must therefore be safe to run again: what it does outside the
+// time that grows from up to 10 ms to up to 1 s, and runs fn again in a new
+// transaction, ten times in all. fn must therefore be safe to run again: what it does outside the
 // transaction it does once for each run.
 //
 // Any other error of fn is returned as it is after a rollback. A panic in fn
@@ -79,14 +79,25 @@ func RunInTx(ctx context.Context, pool *pgxpool.Pool, opts pgx.TxOptions, fn fun
 		if run == maxTxRuns {
 			return fmt.Errorf("outbox: the transaction failed %d times, last: %w", run, err)
 		}
-		timer := time.NewTimer(rand.N(pause))
-		select {
-		case <-ctx.Done():
-			timer.Stop()
-			return fmt.Errorf("outbox: not running the transaction again: %w; it failed with: %w", ctx.Err(), err)
-		case <-timer.C:
+		if ended := sleep(ctx, rand.N(pause)); ended != nil {
+			return fmt.Errorf("outbox: not running the transaction again: %w; it failed with: %w", ended, err)
 		}
 		pause = min(2*pause, maxTxPause)
+	}
+}
+
+// sleep pauses for d, or returns ctx's error if that ends first.
+func sleep(ctx context.Context, d time.Duration) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-timer.C:
+		return ctx.Err()
 	}
 }
 
@@ -112,6 +123,9 @@ func (s *PGStore) explain(operation string, err error) error {
 		hint = "cancelled by statement_timeout or by request, perhaps while another transaction held the row: "
 	case codeSerializationFailure, codeDeadlock:
 		hint = "run the whole transaction again: "
+	}
+	if errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled) {
+		hint = "the context ended before PostgreSQL answered, perhaps while others held a lock: "
 	}
 	return fmt.Errorf("outbox: %s: %s%w", operation, hint, err)
 }
