@@ -142,7 +142,8 @@ func TestMigrate(t *testing.T) {
 		}
 		db.waitBlocked(t, 1)
 		for range 300 {
-			require.LessOrEqual(t, one[int](t, db, "SELECT count(*) FROM pg_locks WHERE NOT granted AND mode = 'AccessExclusiveLock'"), 1)
+			require.LessOrEqual(t, one[int](t, db, `SELECT count(*) FROM pg_locks WHERE NOT granted AND mode = 'AccessExclusiveLock'
+				AND database = (SELECT oid FROM pg_database WHERE datname = current_database())`), 1)
 		}
 		require.NoError(t, reader.Rollback(t.Context()))
 		for _, c := range waits {

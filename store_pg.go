@@ -167,8 +167,10 @@ const rowColumns = `id, type, booking_id, candidate_tg_id, recruiter_tg_id, payl
 //
 // refresh says what a refresh of it means: nothing for a row that is not pending.
 // in_flight is worked out after the lock is held, by the clock and not by the
-// transaction's start, which may be long ago. refreshed writes only if something
-// changes. A lease that has expired, and a lock without a token, is cleared.
+// transaction's start, which may be long ago. OFFSET 0 keeps the planner from
+// parsing the payload as jsonb where nothing is compared. refreshed writes only if
+// something changes. A lease that has expired, and a lock without a token, is
+// cleared.
 //
 // created inserts if nothing was found. FOR UPDATE cannot lock a row that does
 // not exist, so a rival may have inserted it meanwhile: ON CONFLICT waits for
@@ -195,7 +197,7 @@ WITH found AS MATERIALIZED (
 				given.*, ` + inFlightSQL + ` AS in_flight,
 				recruiter_tg_id IS DISTINCT FROM coalesce(given_recruiter, recruiter_tg_id) AS recruiter_changed,
 				` + payloadChangedSQL + ` AS payload_written
-			FROM found, (SELECT $4::bigint, $5::text, $5::text, $6::text, $7::timestamptz, $8::timestamptz)
+			FROM found, (SELECT $4::bigint, $5::text, $5::text, $6::text, $7::timestamptz, $8::timestamptz OFFSET 0)
 				AS given (given_recruiter, given_payload, first_payload, given_correlation, given_not_before, given_not_after)
 			WHERE status = 'pending'
 		) AS compared
