@@ -23,7 +23,8 @@ import (
 //     [github.com/jackc/pgx/v5/pgconn.PgError] is found by errors.As. When
 //     [IsRetryable], run the whole transaction again ([RunInTx] does).
 //   - a duplicate is not an error: no call returns a unique violation of the
-//     key (23505), however many rivals add the same key at once.
+//     key (23505), however many rivals add the same key at once. (PostgreSQL does
+//     not hold to that while an index of the table is built CONCURRENTLY.)
 //
 // The row of the key stays locked until tx ends. A rival that adds the same key
 // waits for that, bounded by its ctx and by PostgreSQL's lock_timeout.
@@ -31,7 +32,8 @@ type Store interface {
 	// AddNotification makes the outbox hold n under its key: a new row where
 	// there was none, a refreshed one while it is pending, and otherwise the
 	// row as it is. It takes one round trip, or two when a rival created the
-	// row in the same moment.
+	// row in the same moment. (A booking id beyond an integer costs one more until
+	// the store has seen that the column is a bigint.)
 	AddNotification(ctx context.Context, tx pgx.Tx, n NewNotification) (AddResult, error)
 
 	// AddNotifications does the same for many, in a number of statements that
