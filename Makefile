@@ -39,7 +39,7 @@ test:
 test-installed: installed
 	@echo "== the installed PostgreSQL, without Docker"
 	@export OUTBOX_PG_BINARIES=1 OUTBOX_TEST_POSTGRES=; \
-	$(GOTEST) ./...; \
+	$(GOTEST) -tags installed ./...; \
 	$(MAKE) --no-print-directory test-modules
 
 # Builds, vets and tests each nested module, on the default version.

@@ -214,7 +214,7 @@ func TestAddNotifications(t *testing.T) {
 	})
 }
 
-// waitsFor waits until the session of tx waits for a lock of the session of holder.
+// waitsFor waits until tx waits for a lock that holder has.
 func waitsFor(t *testing.T, db *testDB, tx, holder pgx.Tx) {
 	t.Helper()
 	require.Eventually(t, func() bool {

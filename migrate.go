@@ -61,7 +61,7 @@ func (s *PGStore) Migrate(ctx context.Context) error {
 		if version >= files[len(files)-1].version {
 			return nil
 		}
-		// Not the session's defaults: a snapshot taken before the lock would hide what
+		// Not the defaults of the connection: a snapshot taken before the lock would hide what
 		// another process has just migrated.
 		err = pgx.BeginTxFunc(ctx, s.pool, pgx.TxOptions{IsoLevel: pgx.ReadCommitted, AccessMode: pgx.ReadWrite},
 			func(tx pgx.Tx) error { return s.migrateTx(ctx, tx, files) })

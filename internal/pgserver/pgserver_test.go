@@ -1,14 +1,10 @@
 package pgserver
 
 import (
-	"bufio"
 	"context"
 	"fmt"
-	"io/fs"
 	"os"
-	"os/exec"
 	"path/filepath"
-	"runtime"
 	"strings"
 	"testing"
 	"time"
@@ -180,44 +176,6 @@ func TestServer_StartPgBouncer(t *testing.T) {
 	require.Error(t, err)
 }
 
-// A killed test binary takes its server along, and the next one removes its data.
-func TestStart_installed_server_dies_with_its_process(t *testing.T) {
-	if runtime.GOOS != "linux" {
-		t.Skip("there is no parent-death signal on " + runtime.GOOS)
-	}
-	if _, err := findInstallation(t.Context(), ""); err != nil && os.Getenv("OUTBOX_PG_BINARIES") == "" {
-		t.Skip("this machine runs its servers in Docker and has none installed")
-	}
-	t.Parallel()
-	cmd := exec.CommandContext(t.Context(), os.Args[0])
-	cmd.Env = append(os.Environ(), asChild+"=1", "OUTBOX_PG_BINARIES=1")
-	cmd.Stderr = os.Stderr
-	stdout, err := cmd.StdoutPipe()
-	require.NoError(t, err)
-	require.NoError(t, cmd.Start())
-	var dir, url string
-	_, err = fmt.Fscanln(bufio.NewReader(stdout), &dir, &url)
-	require.NoError(t, err)
-	require.NoError(t, cmd.Process.Kill())
-	require.Error(t, cmd.Wait())
-
-	require.Eventually(t, func() bool {
-		conn, err := pgx.Connect(t.Context(), url)
-		if err == nil {
-			conn.Close(t.Context())
-		}
-		return err != nil
-	}, 10*time.Second, 10*time.Millisecond, "the server ends")
-
-	removeAbandoned(filepath.Dir(dir))
-	require.DirExists(t, dir, "it is too young to be taken for abandoned")
-	old := time.Now().Add(-2 * time.Minute)
-	require.NoError(t, os.Chtimes(dir, old, old))
-	removeAbandoned(filepath.Dir(dir))
-	_, err = os.Stat(dir)
-	require.ErrorIs(t, err, fs.ErrNotExist)
-}
-
 func child() {
 	ctx := context.Background()
 	s, err := Start(ctx, Options{})
@@ -237,13 +195,4 @@ func child() {
 	}
 	fmt.Println(filepath.Dir(data), s.URL)
 	select {}
-}
-
-func TestBuildStamp_is_the_scripts_own(t *testing.T) {
-	if _, err := exec.LookPath("sha256sum"); err != nil {
-		t.Skip("no sha256sum on " + runtime.GOOS)
-	}
-	out, err := exec.Command("bash", "-c", "cat image/build.sh image/entrypoint.sh | sha256sum | cut -c1-16").Output()
-	require.NoError(t, err)
-	require.Equal(t, strings.TrimSpace(string(out)), buildStamp())
 }
