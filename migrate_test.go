@@ -123,7 +123,7 @@ func TestMigrate(t *testing.T) {
 					})
 				}
 				wg.Wait()
-				require.Equal(t, 1, one[int](t, db, "SELECT count(*) FROM "+schema+".outbox_migrations"))
+				require.Equal(t, 2, one[int](t, db, "SELECT count(*) FROM "+schema+".outbox_migrations"))
 			}
 		})
 	}

@@ -103,6 +103,8 @@ type statements struct {
 	insert  [keyShapes]string
 	refresh [keyShapes]string
 	get     [keyShapes]string
+
+	claim, extend, settle string
 }
 
 // A key's shape is which of its parts are absent. PostgreSQL's planner uses an
@@ -126,7 +128,8 @@ func (k Key) shape() int {
 }
 
 func prepare(table string) statements {
-	var st statements
+	fill := strings.NewReplacer("{table}", table)
+	st := statements{claim: fill.Replace(claimSQL), extend: fill.Replace(extendSQL), settle: fill.Replace(settleSQL)}
 	for shape := range keyShapes {
 		one := "type = $1::text AND booking_id = $2::bigint AND candidate_tg_id = $3::bigint"
 		many := "o.type = i.type AND o.booking_id = i.booking_id AND o.candidate_tg_id = i.candidate_tg_id"
@@ -170,7 +173,8 @@ const rowColumns = `id, type, booking_id, candidate_tg_id, recruiter_tg_id, payl
 // transaction's start, which may be long ago. OFFSET 0 keeps the planner from
 // parsing the payload as jsonb where nothing is compared. refreshed writes only if
 // something changes. A lease that has expired, and a lock without a token, is
-// cleared.
+// cleared, but the token stays: it says that the outcome of a delivery is unknown,
+// and until the row is claimed anew it lets that delivery report after all.
 //
 // created inserts if nothing was found. FOR UPDATE cannot lock a row that does
 // not exist, so a rival may have inserted it meanwhile: ON CONFLICT waits for
@@ -231,7 +235,6 @@ const refreshSQL = `UPDATE {table} SET
 		version         = version + bump,
 		attempts        = CASE WHEN in_flight THEN attempts ELSE 0 END,
 		locked_at       = CASE WHEN in_flight THEN locked_at END,
-		lease_token     = CASE WHEN in_flight THEN lease_token END,
 		lease_until     = CASE WHEN in_flight THEN lease_until END
 	FROM (SELECT found_id, given_recruiter, given_payload, given_correlation, given_not_before, given_not_after,
 		payload_written, bump, in_flight FROM refresh WHERE dirty) AS refresh
@@ -248,7 +251,7 @@ const (
 	otherwiseDirtySQL = `correlation_id IS DISTINCT FROM coalesce(given_correlation, correlation_id)
 		OR not_after IS DISTINCT FROM coalesce(given_not_after, not_after)
 		OR next_retry_at IS DISTINCT FROM given_not_before
-		OR NOT in_flight AND (attempts IS DISTINCT FROM 0 OR pg_catalog.num_nonnulls(locked_at, lease_token, lease_until) > 0)`
+		OR NOT in_flight AND (attempts IS DISTINCT FROM 0 OR pg_catalog.num_nonnulls(locked_at, lease_until) > 0)`
 )
 
 // payloadChangedSQL compares the stored payload_json with first_payload, text or
@@ -382,25 +385,34 @@ func scanAdd(row pgx.Row) (AddResult, error) {
 
 // scanRow reads what stands before rowColumns into before, then those into n.
 func scanRow(row pgx.Row, n *Notification, before ...any) error {
-	var (
-		booking, candidate, recruiter            pgtype.Int8
-		typ, status, correlation                 pgtype.Text
-		receipt, lastError                       pgtype.Text
-		attempts                                 pgtype.Int4
-		created, locked, retry, notAfter, sentAt pgtype.Timestamptz
-	)
-	err := row.Scan(append(before, &n.ID, &typ, &booking, &candidate, &recruiter, (*[]byte)(&n.Payload), &correlation,
-		&status, &attempts, &n.Version, &n.SentVersion, &receipt, &lastError,
-		&created, &locked, &retry, &notAfter, &sentAt)...)
-	if err != nil {
+	var s rowScanner
+	return s.scan(row, n, before...)
+}
+
+// rowScanner does what scanRow does, for many rows without an allocation for each
+// column of each.
+type rowScanner struct {
+	booking, candidate, recruiter            pgtype.Int8
+	typ, status, correlation                 pgtype.Text
+	receipt, lastError                       pgtype.Text
+	attempts                                 pgtype.Int4
+	created, locked, retry, notAfter, sentAt pgtype.Timestamptz
+	into                                     []any
+}
+
+func (s *rowScanner) scan(row pgx.Row, n *Notification, before ...any) error {
+	s.into = append(append(s.into[:0], before...), &n.ID, &s.typ, &s.booking, &s.candidate, &s.recruiter,
+		(*[]byte)(&n.Payload), &s.correlation, &s.status, &s.attempts, &n.Version, &n.SentVersion, &s.receipt, &s.lastError,
+		&s.created, &s.locked, &s.retry, &s.notAfter, &s.sentAt)
+	if err := row.Scan(s.into...); err != nil {
 		return err
 	}
-	n.Type, n.Status = typ.String, Status(status.String)
-	n.BookingID, n.CandidateTgID, n.RecruiterTgID = booking.Int64, candidate.Int64, recruiter.Int64
-	n.CorrelationID, n.Receipt, n.LastError = correlation.String, receipt.String, lastError.String
-	n.Attempts = int(attempts.Int32)
-	n.CreatedAt, n.LockedAt, n.NextRetryAt = utc(created), utc(locked), utc(retry)
-	n.NotAfter, n.SentAt = utc(notAfter), utc(sentAt)
+	n.Type, n.Status = s.typ.String, Status(s.status.String)
+	n.BookingID, n.CandidateTgID, n.RecruiterTgID = s.booking.Int64, s.candidate.Int64, s.recruiter.Int64
+	n.CorrelationID, n.Receipt, n.LastError = s.correlation.String, s.receipt.String, s.lastError.String
+	n.Attempts = int(s.attempts.Int32)
+	n.CreatedAt, n.LockedAt, n.NextRetryAt = utc(s.created), utc(s.locked), utc(s.retry)
+	n.NotAfter, n.SentAt = utc(s.notAfter), utc(s.sentAt)
 	return nil
 }
 

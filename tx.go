@@ -70,9 +70,14 @@ func RunInTx(ctx context.Context, pool *pgxpool.Pool, opts pgx.TxOptions, fn fun
 	if fn == nil {
 		return invalid("fn", "nil")
 	}
+	return retry(ctx, func() error { return pgx.BeginTxFunc(ctx, pool, opts, fn) })
+}
+
+// retry runs a transaction, again while its error [IsRetryable].
+func retry(ctx context.Context, tx func() error) error {
 	pause := minTxPause
 	for run := 1; ; run++ {
-		err := pgx.BeginTxFunc(ctx, pool, opts, fn)
+		err := tx()
 		if err == nil || !IsRetryable(err) {
 			return err
 		}

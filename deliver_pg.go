@@ -1,0 +1,437 @@
+package outbox
+
+import (
+	"cmp"
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"slices"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgtype"
+)
+
+// Token is the fencing token of a lease: whoever settles a row must show the one
+// that its claim wrote. One that no longer matches changes nothing.
+type Token [16]byte
+
+// NewToken returns a random token.
+func NewToken() Token {
+	var t Token
+	_, _ = rand.Read(t[:]) // never fails, see crypto/rand
+	t[len(t)-1] &^= resumedBit
+	return t
+}
+
+// String is the token as the column lease_token has it, but for the hyphens.
+func (t Token) String() string { return hex.EncodeToString(t[:]) }
+
+// resumedBit of a token's last byte tells the two tokens of one claim apart: the
+// one with it is for rows on which another lease ran out without a result, which
+// RETURNING alone could not tell.
+const resumedBit = 1
+
+func (t Token) resumed() Token {
+	t[len(t)-1] |= resumedBit
+	return t
+}
+
+// Lease is the right to deliver one row until the database's clock passes its end.
+type Lease struct {
+	ID    int64
+	Token Token
+}
+
+// ClaimOptions says what [PGStore.Claim] claims.
+type ClaimOptions struct {
+	Limit int           // rows at most; required
+	Lease time.Duration // required; by the database's clock, in microseconds
+
+	// Token is written to the rows claimed. The zero token is a random one. To
+	// repeat a claim that failed, and whose outcome is unknown therefore, give the
+	// same token again: rows that the first one claimed after all are returned
+	// without being counted as another attempt.
+	Token Token
+
+	Types       []string // nil: all; others are read past, so a backlog of them slows the claim
+	MaxAttempts int      // rows with so many attempts are failed; 0: unlimited
+
+	// AtMostOnce fails a row whose lease ran out without a result, with "outcome
+	// unknown", in place of claiming it again, if it is for the version that was leased.
+	AtMostOnce bool
+
+	// Reconcile claims rows whose lease ran out without a result also where they
+	// would be failed otherwise, at most once beyond MaxAttempts, for the caller
+	// to ask the provider about [Claimed.UnknownVersion].
+	Reconcile bool
+}
+
+// ClaimResult is what a claim did. What has Limit rows in all may have left more.
+type ClaimResult struct {
+	Claimed []Claimed      // oldest due first
+	Failed  []Notification // given up on by the claim: expired, out of attempts, outcome unknown
+}
+
+// Claimed is a row leased to the caller of [PGStore.Claim].
+type Claimed struct {
+	Lease
+	Notification Notification // Attempts counts this delivery; LockedAt is when the lease began
+
+	// UnknownVersion is the version that a former lease was for, when that ran out
+	// or was settled without its outcome being known. 0: nothing is unknown.
+	UnknownVersion int64
+
+	// Expired: past NotAfter, and claimed on account of Reconcile only.
+	Expired bool
+}
+
+// claimSQL leases due rows, oldest first.
+//
+// $1 limit, $2 token, $3 token of rows on which another lease ran out, $4 lease in
+// microseconds, $5 types or NULL, $6 max attempts or 0, $7 at most once, $8 reconcile.
+//
+// SKIP LOCKED passes over rows that a caller holds in an open add, and rows that
+// another relay is claiming: nobody waits here. now() is this statement's start, as
+// it is a transaction of its own: a lease counted from there ends rather too early
+// than too late for whoever holds it, and unlike clock_timestamp() it can be
+// compared through the index. The rows are then found by ctid, which their locks
+// keep in place; with an array there is only one plan for that (TestClaimPlan).
+//
+// Rows that bear one of our tokens were claimed by the same call before, whose
+// answer was lost: they stay as they are but for a longer lease. attempts rises
+// here and not when the row is settled, so that a message that kills its process
+// is counted.
+const claimSQL = `
+UPDATE {table} SET
+	status        = CASE WHEN ` + givenUpSQL + ` IS NULL THEN status ELSE 'failed' END,
+	last_error    = coalesce(` + givenUpSQL + `, last_error),
+	attempts      = CASE WHEN ` + givenUpSQL + ` IS NULL AND NOT coalesce(` + oursSQL + `, false) THEN coalesce(attempts, 0) + 1 ELSE coalesce(attempts, 0) END,
+	locked_at     = CASE WHEN ` + givenUpSQL + ` IS NULL THEN pg_catalog.now() END,
+	lease_until   = CASE WHEN ` + givenUpSQL + ` IS NULL THEN pg_catalog.now() + $4::bigint * interval '1 microsecond' END,
+	lease_token   = CASE WHEN ` + givenUpSQL + ` IS NOT NULL THEN NULL
+		WHEN ` + oursSQL + ` THEN lease_token
+		WHEN lease_token IS NOT NULL AND ($8::bool OR coalesce(lease_version, version) = version) THEN $3::uuid
+		ELSE $2::uuid END,
+	lease_version = CASE WHEN ` + givenUpSQL + ` IS NOT NULL THEN NULL
+		WHEN ` + oursSQL + ` OR lease_token IS NOT NULL AND $8::bool THEN coalesce(lease_version, version)
+		ELSE version END
+WHERE ctid = ANY (ARRAY(
+	SELECT ctid FROM {table}
+	WHERE status = 'pending'
+		AND ` + dueSQL + ` <= pg_catalog.now()
+		AND (lease_token IS NULL OR lease_until IS NULL OR lease_until <= pg_catalog.now() OR ` + oursSQL + `)
+		AND ($5::text[] IS NULL OR type = ANY ($5::text[]))
+	ORDER BY ` + dueSQL + `, id
+	LIMIT $1::bigint
+	FOR UPDATE SKIP LOCKED))
+RETURNING lease_token, coalesce(lease_version, 0), coalesce(not_after <= pg_catalog.now(), false), ` + rowColumns
+
+const (
+	// dueSQL is the expression of the index outbox_notifications_due.
+	dueSQL = `coalesce(next_retry_at, created_at, '-infinity'::timestamptz)`
+
+	oursSQL = `lease_token IN ($2::uuid, $3::uuid)`
+
+	// givenUpSQL says why a row is failed and not claimed; NULL if it is claimed.
+	givenUpSQL = `CASE
+		WHEN ` + oursSQL + ` THEN NULL
+		WHEN $8::bool AND lease_token IS NOT NULL AND ($6::int = 0 OR coalesce(attempts, 0) <= $6::int) THEN NULL
+		WHEN $7::bool AND lease_token IS NOT NULL AND coalesce(lease_version, version) = version
+			THEN 'outcome unknown: a delivery was begun and left no result, it may have reached the provider'
+		WHEN not_after <= pg_catalog.now() THEN 'expired: not delivered before ' || not_after
+		WHEN $6::int > 0 AND attempts >= $6::int
+			THEN 'out of attempts' || CASE WHEN lease_token IS NULL THEN '' ELSE ': the last delivery left no result' END
+				|| coalesce('; before that: ' || last_error, '')
+		END`
+)
+
+// Claim leases due pending rows to the caller, oldest first, for opts.Lease by the
+// database's clock, and counts an attempt of each. Rows past their NotAfter and
+// rows out of attempts are failed instead.
+//
+// It takes the rows that are free: it waits neither for callers that hold a row in
+// an open transaction nor for other relays, and no row is leased to two at once. It
+// runs on the store's pool in one statement. Bad options are an [InvalidError].
+func (s *PGStore) Claim(ctx context.Context, opts ClaimOptions) (ClaimResult, error) {
+	switch {
+	case opts.Limit < 1:
+		return ClaimResult{}, invalid("Limit", "%d is not positive", opts.Limit)
+	case opts.Lease < time.Microsecond:
+		return ClaimResult{}, invalid("Lease", "%v is not positive", opts.Lease)
+	case opts.MaxAttempts < 0:
+		return ClaimResult{}, invalid("MaxAttempts", "%d is negative", opts.MaxAttempts)
+	}
+	if opts.Types != nil && len(opts.Types) == 0 {
+		return ClaimResult{}, invalid("Types", "empty but not nil: nothing could be claimed")
+	}
+	for _, t := range opts.Types {
+		if reason := badText(t); reason != "" {
+			return ClaimResult{}, invalid("Types", "%q: %s", t, reason)
+		}
+	}
+	if opts.Token == (Token{}) {
+		opts.Token = NewToken()
+	}
+	var res ClaimResult
+	// A statement that waits for nobody is not retryable under READ COMMITTED, but the pool's
+	// default may be stricter.
+	err := retry(ctx, func() error {
+		res = ClaimResult{}
+		rows, err := s.pool.Query(ctx, s.sql.claim, opts.Limit, uuid(opts.Token), uuid(opts.Token.resumed()),
+			opts.Lease.Microseconds(), opts.Types, opts.MaxAttempts, opts.AtMostOnce, opts.Reconcile)
+		if err != nil {
+			return err
+		}
+		defer rows.Close()
+		var scan rowScanner
+		for rows.Next() {
+			var c Claimed
+			var token pgtype.UUID
+			if err := scan.scan(rows, &c.Notification, &token, &c.UnknownVersion, &c.Expired); err != nil {
+				return err
+			}
+			if c.Notification.Status != StatusPending {
+				res.Failed = append(res.Failed, c.Notification)
+				continue
+			}
+			c.Lease = Lease{c.Notification.ID, Token(token.Bytes)}
+			if c.Token != c.Token.resumed() {
+				c.UnknownVersion = 0 // lease_version is that of this lease
+			}
+			res.Claimed = append(res.Claimed, c)
+		}
+		return rows.Err()
+	})
+	if err != nil {
+		return ClaimResult{}, s.explain("claim", err)
+	}
+	slices.SortFunc(res.Claimed, func(a, b Claimed) int {
+		return cmp.Or(a.Notification.due().Compare(b.Notification.due()), cmp.Compare(a.ID, b.ID))
+	})
+	return res, nil
+}
+
+// due is when n falls due, as dueSQL has it.
+func (n *Notification) due() time.Time {
+	if n.NextRetryAt.IsZero() {
+		return n.CreatedAt
+	}
+	return n.NextRetryAt
+}
+
+func uuid(t Token) pgtype.UUID { return pgtype.UUID{Bytes: t, Valid: true} }
+
+// LeaseResult is what [PGStore.Extend] and [PGStore.Settle] did about one lease.
+type LeaseResult string
+
+const (
+	LeaseDone LeaseResult = "done" // extended, or settled
+
+	// LeaseSuperseded: settled, and the row had been refreshed since it was
+	// claimed. It stays pending, due as the refresh said: its newer content has yet to be
+	// delivered.
+	LeaseSuperseded LeaseResult = "superseded"
+
+	// LeaseHeld: nothing was done, as somebody else holds the row locked, most
+	// likely a caller in an open transaction. Try again.
+	LeaseHeld LeaseResult = "held"
+
+	// LeaseStale: nothing was done and never will be. The lease ran out and another claim
+	// took the row, or it was settled, requeued or deleted meanwhile.
+	LeaseStale LeaseResult = "stale"
+)
+
+// leasedSQL locks the row of one lease, g, if it is free. It is joined by LATERAL
+// with a limit, so that there is one plan: by the id's index, row for row.
+const leasedSQL = `CROSS JOIN LATERAL (
+		SELECT t.ctid AS tid, coalesce(t.lease_version, t.version) AS leased, coalesce(t.lease_version = t.version, true) AS current
+		FROM {table} AS t
+		WHERE t.id = g.id AND t.lease_token = g.token AND t.status = 'pending'
+		LIMIT 1
+		FOR UPDATE SKIP LOCKED
+	) AS o`
+
+// exceptionsSQL tells, of the leases in given that are not in done, whether their
+// rows were locked by others or are no longer theirs.
+const exceptionsSQL = `SELECT g.n, CASE WHEN EXISTS (
+		SELECT FROM {table} AS t WHERE t.id = g.id AND t.lease_token = g.token AND t.status = 'pending'
+	) THEN 'held' ELSE 'stale' END
+	FROM given AS g WHERE g.n NOT IN (SELECT n FROM done)`
+
+// extendSQL gives leases a new end. $1 ids, $2 tokens, $3 microseconds from now.
+const extendSQL = `
+WITH given AS MATERIALIZED (
+	SELECT * FROM ROWS FROM (pg_catalog.unnest($1::bigint[]), pg_catalog.unnest($2::uuid[])) WITH ORDINALITY AS g (id, token, n)
+), mine AS MATERIALIZED (
+	SELECT g.n, o.tid FROM given AS g ` + leasedSQL + `
+), done AS (
+	UPDATE {table} AS t SET
+		lease_until = pg_catalog.clock_timestamp() + $3::bigint * interval '1 microsecond',
+		locked_at   = coalesce(t.locked_at, pg_catalog.now())
+	FROM mine
+	WHERE t.ctid = mine.tid AND t.ctid = ANY (ARRAY(SELECT tid FROM mine))
+	RETURNING mine.n
+)
+` + exceptionsSQL
+
+// Extend gives each lease a new end, d from now by the database's clock, and
+// returns what became of each, in the order given: done, held or stale. A lease
+// that has ended may be extended as long as nobody else has claimed the row. It runs
+// on the store's pool in one statement and waits for nobody.
+func (s *PGStore) Extend(ctx context.Context, leases []Lease, d time.Duration) ([]LeaseResult, error) {
+	if d < time.Microsecond {
+		return nil, invalid("d", "%v is not positive", d)
+	}
+	if len(leases) == 0 {
+		return nil, nil
+	}
+	ids, tokens := make([]int64, len(leases)), make([]pgtype.UUID, len(leases))
+	for i, l := range leases {
+		ids[i], tokens[i] = l.ID, uuid(l.Token)
+	}
+	res, err := s.onLeases(ctx, len(leases), s.sql.extend, ids, tokens, d.Microseconds())
+	if err != nil {
+		return nil, s.explain("extend leases", err)
+	}
+	return res, nil
+}
+
+// Verdict is what the holder of a lease says of the delivery.
+type Verdict string
+
+const (
+	Delivered  Verdict = "delivered" // the provider accepted it
+	Retry      Verdict = "retry"     // it failed, and is due again after RetryIn
+	Failed     Verdict = "failed"    // it failed for good
+	HandedBack Verdict = "handback"  // not tried: due as before, and the attempt does not count
+)
+
+// Settlement ends a lease.
+type Settlement struct {
+	Lease
+	Verdict Verdict
+	Receipt string        // of Delivered: the provider's id of the message
+	Error   string        // of Retry and Failed
+	RetryIn time.Duration // of Retry: from now by the database's clock
+
+	// Unknown says, with Retry and HandedBack, that whether the leased version has
+	// reached the provider is not known, so that the next claim is told; see
+	// [Claimed.UnknownVersion].
+	Unknown bool
+}
+
+// settleSQL ends leases.
+//
+// $1 ids, $2 tokens, $3 verdicts, $4 receipts, $5 errors, $6 retry in microseconds,
+// $7 unknown.
+//
+// A row that was refreshed while it was leased has a version above the leased one;
+// then, whatever the verdict, it stays pending, with all its attempts before it and
+// due as the refresh said. A refresh that changed no content may have put off the
+// row: a retry is due no sooner.
+const settleSQL = `
+WITH given AS MATERIALIZED (
+	SELECT * FROM ROWS FROM (pg_catalog.unnest($1::bigint[]), pg_catalog.unnest($2::uuid[]), pg_catalog.unnest($3::text[]),
+		pg_catalog.unnest($4::text[]), pg_catalog.unnest($5::text[]), pg_catalog.unnest($6::bigint[]), pg_catalog.unnest($7::bool[]))
+		WITH ORDINALITY AS g (id, token, verdict, receipt, error, retry_in, unknown, n)
+), mine AS MATERIALIZED (
+	SELECT g.n, g.verdict, g.receipt, g.error, g.retry_in, g.unknown, o.tid, o.current, o.leased FROM given AS g ` + leasedSQL + `
+), done AS (
+	UPDATE {table} AS t SET
+		status        = CASE WHEN current AND verdict = 'delivered' THEN 'sent' WHEN current AND verdict = 'failed' THEN 'failed' ELSE 'pending' END,
+		attempts      = CASE WHEN NOT current THEN 0 WHEN verdict = 'handback' THEN greatest(attempts - 1, 0) ELSE attempts END,
+		next_retry_at = CASE WHEN NOT current OR verdict = 'handback' THEN next_retry_at
+			WHEN verdict = 'retry' THEN greatest(next_retry_at, pg_catalog.clock_timestamp() + retry_in * interval '1 microsecond') END,
+		last_error    = CASE WHEN verdict IN ('retry', 'failed') THEN mine.error ELSE last_error END,
+		sent_version  = CASE WHEN verdict = 'delivered' THEN leased ELSE sent_version END,
+		receipt       = CASE WHEN verdict = 'delivered' THEN mine.receipt ELSE t.receipt END,
+		sent_at       = CASE WHEN verdict = 'delivered' AND current THEN pg_catalog.clock_timestamp() ELSE sent_at END,
+		locked_at     = NULL,
+		lease_until   = NULL,
+		lease_token   = CASE WHEN unknown THEN lease_token END,
+		lease_version = CASE WHEN unknown THEN lease_version END
+	FROM mine
+	WHERE t.ctid = mine.tid AND t.ctid = ANY (ARRAY(SELECT tid FROM mine))
+	RETURNING mine.n, mine.current
+)
+SELECT n, 'superseded' FROM done WHERE NOT current
+UNION ALL
+` + exceptionsSQL
+
+// Settle ends leases, each as its verdict says if its token still matches, and
+// returns what became of each, in the order given. It runs on the store's pool in
+// one statement and waits for nobody: what another transaction holds is reported as
+// held and should be tried again. Bad input is an [InvalidError] about the
+// element's index; then none is settled.
+func (s *PGStore) Settle(ctx context.Context, settlements []Settlement) ([]LeaseResult, error) {
+	n := len(settlements)
+	if n == 0 {
+		return nil, nil
+	}
+	var (
+		ids              = make([]int64, n)
+		tokens           = make([]pgtype.UUID, n)
+		verdicts         = make([]string, n)
+		receipts, errors = make([]pgtype.Text, n), make([]pgtype.Text, n)
+		retryIn          = make([]int64, n)
+		unknown          = make([]bool, n)
+	)
+	for i, st := range settlements {
+		if bad := st.check(); bad != nil {
+			return nil, bad.at(i)
+		}
+		ids[i], tokens[i], verdicts[i] = st.ID, uuid(st.Token), string(st.Verdict)
+		receipts[i], errors[i] = textOrNull(st.Receipt), textOrNull(st.Error)
+		retryIn[i], unknown[i] = st.RetryIn.Microseconds(), st.Unknown
+	}
+	res, err := s.onLeases(ctx, n, s.sql.settle, ids, tokens, verdicts, receipts, errors, retryIn, unknown)
+	if err != nil {
+		return nil, s.explain("settle", err)
+	}
+	return res, nil
+}
+
+func (st Settlement) check() *InvalidError {
+	switch st.Verdict {
+	case Delivered, Retry, Failed, HandedBack:
+	default:
+		return invalid("Verdict", "%q is none", st.Verdict)
+	}
+	if st.RetryIn < 0 {
+		return invalid("RetryIn", "%v is negative", st.RetryIn)
+	}
+	if reason := badText(st.Receipt); reason != "" {
+		return invalid("Receipt", "%s", reason)
+	}
+	if reason := badText(st.Error); reason != "" {
+		return invalid("Error", "%s", reason)
+	}
+	if st.Unknown && (st.Verdict == Delivered || st.Verdict == Failed) {
+		return invalid("Unknown", "set with the verdict %q", st.Verdict)
+	}
+	return nil
+}
+
+// onLeases runs a statement about n leases, which returns those that were not simply
+// done, by their number from 1.
+func (s *PGStore) onLeases(ctx context.Context, n int, sql string, args ...any) ([]LeaseResult, error) {
+	results := make([]LeaseResult, n)
+	err := retry(ctx, func() error {
+		for i := range results {
+			results[i] = LeaseDone
+		}
+		rows, err := s.pool.Query(ctx, sql, args...)
+		if err != nil {
+			return err
+		}
+		var at int64
+		var res string
+		_, err = pgx.ForEachRow(rows, []any{&at, &res}, func() error {
+			results[at-1] = LeaseResult(res)
+			return nil
+		})
+		return err
+	})
+	return results, err
+}

@@ -1,0 +1,2 @@
+// Package relay delivers what package outbox has stored.
+package relay

@@ -1,0 +1,236 @@
+package relay
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"math"
+	"math/rand/v2"
+	"reflect"
+	"time"
+
+	"golang.org/x/time/rate"
+
+	"github.com/seed3357934d/outbox"
+)
+
+// Queue is where a relay gets its work. *[outbox.PGStore] is one.
+type Queue interface {
+	Claim(ctx context.Context, opts outbox.ClaimOptions) (outbox.ClaimResult, error)
+	Extend(ctx context.Context, leases []outbox.Lease, d time.Duration) ([]outbox.LeaseResult, error)
+	Settle(ctx context.Context, settlements []outbox.Settlement) ([]outbox.LeaseResult, error)
+}
+
+// Listener is a [Queue] that can tell when something was added. *[outbox.PGStore] is one.
+type Listener interface {
+	// Listen calls wake when something may have fallen due, and once when it has begun to
+	// listen. It blocks until ctx ends or its connection breaks.
+	Listen(ctx context.Context, wake func()) error
+}
+
+// Delivery says what happens to a message whose outcome is unknown.
+type Delivery int
+
+const (
+	// AtLeastOnce sends it again: it may go out twice.
+	AtLeastOnce Delivery = iota
+
+	// AtMostOnce fails it with "outcome unknown", for an operator: it may not go
+	// out at all.
+	AtMostOnce
+)
+
+// Config configures a [Relay]. The zero value is ready for use. A value out of
+// range is an error of [New] and never changed silently.
+type Config struct {
+	// Concurrency is how many messages are being sent at once. 0 is 10.
+	Concurrency int
+
+	// BatchSize is how many rows one claim takes at most, and how many wait in the relay, leased, to be
+	// sent. 0 is 100.
+	BatchSize int
+
+	// PollInterval is the longest pause between two claims when nothing is found.
+	// 0 is 1 s. After a find the pauses begin at 5 ms and grow to it; after a full batch
+	// there is none.
+	PollInterval time.Duration
+
+	// Lease is how long a row is another's after its relay has gone. Rows that wait or
+	// are being sent are renewed well before. 0 is 1 min.
+	Lease time.Duration
+
+	// SendTimeout bounds each Send, by its ctx. It must be shorter than Lease.
+	// 0 is 20 s, or half of Lease if that is shorter.
+	SendTimeout time.Duration
+
+	// ShutdownTimeout bounds how long Run goes on after its ctx has ended, for what is
+	// being sent. 0 is 5 s more than SendTimeout.
+	ShutdownTimeout time.Duration
+
+	// MaxAttempts is after how many attempts a row is failed. 0 is 10; negative: never.
+	MaxAttempts int
+
+	// Backoff is how long a row waits after its attempt-th failed attempt,
+	// counted from 1. It must not be negative. nil is 10 s, doubled with each attempt
+	// up to 1 h, each ±20 % at random.
+	Backoff func(attempt int) time.Duration
+
+	// Limiter bounds the rate of sending. Rows that wait for it keep their leases. It
+	// may be shared by several relays. nil: no limit.
+	Limiter *rate.Limiter
+
+	// Types of notifications to deliver. nil: all. All relays of a database share one index,
+	// so a large backlog of types that none of them delivers slows each claim.
+	Types []string
+
+	Delivery Delivery // AtLeastOnce or AtMostOnce
+
+	// Listen wakes the relay by PostgreSQL's NOTIFY, which the stores that add must
+	// be configured to send ([outbox.Config].Notify). It takes a connection of its own.
+	// Polling goes on beside it.
+	Listen bool
+
+	// Logger receives deliveries that failed for good (Error) or for now (Warn), stale
+	// settles (Warn), and the loss and return of the database. Payloads are never
+	// logged. nil is slog.Default().
+	Logger *slog.Logger
+}
+
+// Relay delivers what is in a [Queue]. It is safe for concurrent use; any number
+// of relays, in any number of processes, share the work.
+type Relay struct {
+	queue     Queue
+	sender    Sender
+	reconcile Reconciler // nil: the sender is none
+	listener  Listener   // nil: only polling
+	cfg       Config
+	log       *slog.Logger
+	wake      chan struct{} // holds one wake-up
+}
+
+// New returns a relay. It starts nothing and runs no SQL.
+func New(store Queue, sender Sender, cfg Config) (*Relay, error) {
+	r := &Relay{queue: store, sender: sender, cfg: cfg, log: cfg.Logger, wake: make(chan struct{}, 1)}
+	if isNil(store) {
+		return nil, invalid("store", "nil")
+	}
+	if isNil(sender) {
+		return nil, invalid("sender", "nil")
+	}
+	if r.log == nil {
+		r.log = slog.Default()
+	}
+	c := &r.cfg
+	setDefault(&c.Concurrency, 10)
+	setDefault(&c.BatchSize, 100)
+	setDefault(&c.PollInterval, time.Second)
+	setDefault(&c.Lease, time.Minute)
+	setDefault(&c.SendTimeout, min(20*time.Second, c.Lease/2))
+	setDefault(&c.ShutdownTimeout, c.SendTimeout+5*time.Second)
+	setDefault(&c.MaxAttempts, 10)
+	switch {
+	case c.Concurrency < 0:
+		return nil, invalid("Concurrency", "%d is negative", c.Concurrency)
+	case c.BatchSize < 0:
+		return nil, invalid("BatchSize", "%d is negative", c.BatchSize)
+	case c.PollInterval < 0:
+		return nil, invalid("PollInterval", "%v is negative", c.PollInterval)
+	case c.Lease < minLease:
+		return nil, invalid("Lease", "%v is shorter than %v", c.Lease, minLease)
+	case c.SendTimeout < 0:
+		return nil, invalid("SendTimeout", "%v is negative", c.SendTimeout)
+	case c.SendTimeout >= c.Lease:
+		return nil, invalid("SendTimeout", "%v is not shorter than the lease of %v", c.SendTimeout, c.Lease)
+	case c.ShutdownTimeout < 0:
+		return nil, invalid("ShutdownTimeout", "%v is negative", c.ShutdownTimeout)
+	case c.MaxAttempts > math.MaxInt32:
+		return nil, invalid("MaxAttempts", "%d is over %d", c.MaxAttempts, math.MaxInt32)
+	case c.Limiter != nil && c.Limiter.Burst() < 1 && c.Limiter.Limit() != rate.Inf:
+		return nil, invalid("Limiter", "with a burst of %d nothing could ever be sent", c.Limiter.Burst())
+	case c.Types != nil && len(c.Types) == 0:
+		return nil, invalid("Types", "empty but not nil: nothing would be delivered")
+	case c.Delivery != AtLeastOnce && c.Delivery != AtMostOnce:
+		return nil, invalid("Delivery", "%d is neither AtLeastOnce nor AtMostOnce", c.Delivery)
+	}
+	for _, typ := range c.Types {
+		if typ == "" {
+			return nil, invalid("Types", "an empty type")
+		}
+	}
+	if c.Backoff == nil {
+		c.Backoff = defaultBackoff
+	}
+	if c.Listen {
+		var ok bool
+		if r.listener, ok = store.(Listener); !ok {
+			return nil, invalid("Listen", "the store, a %T, cannot listen", store)
+		}
+	}
+	r.reconcile, _ = sender.(Reconciler)
+	return r, nil
+}
+
+// minLease leaves room for renewing: a third of it is what a database call may take.
+const minLease = 100 * time.Millisecond
+
+func setDefault[T comparable](v *T, def T) {
+	var zero T
+	if *v == zero {
+		*v = def
+	}
+}
+
+// defaultBackoff is 10 s, doubled up to 1 h, ±20 %.
+func defaultBackoff(attempt int) time.Duration {
+	d := time.Hour
+	if attempt < 10 { // 10 s << 9 is over an hour
+		d = min(d, 10*time.Second<<max(attempt-1, 0))
+	}
+	return time.Duration(float64(d) * (0.8 + 0.4*rand.Float64()))
+}
+
+// Wake has a running relay look for work at once. Call it after the commit of a
+// transaction that added something, where the relay runs in the same process. It never
+// blocks.
+func (r *Relay) Wake() {
+	select {
+	case r.wake <- struct{}{}:
+	default:
+	}
+}
+
+// Run delivers until ctx ends. Then it claims no more, waits for what is being sent,
+// at most for ShutdownTimeout, notes the results, and hands the rest of what it had claimed back,
+// to be delivered by others at once.
+//
+// It goes on through outages of the database, which cost no attempts, and returns an error before
+// ctx ends only if the outbox cannot be used at all: there is no table, it is not migrated, or the
+// role may not use it. After ctx has ended it returns nil, or an error that says what it had to
+// leave behind: those rows are delivered again when their leases have ended.
+func (r *Relay) Run(ctx context.Context) error {
+	return fmt.Errorf("not yet")
+}
+
+// RunOnce claims one batch, delivers it, and returns how many rows it settled: sent, failed,
+// or to be tried again. It is for cron jobs, tests and serverless functions; repeat it until it
+// returns 0 to empty the outbox. When ctx ends early it does what Run does then.
+func (r *Relay) RunOnce(ctx context.Context) (int, error) {
+	return 0, fmt.Errorf("not yet")
+}
+
+func invalid(field, format string, args ...any) error {
+	return outbox.NewInvalidError(field, fmt.Sprintf(format, args...))
+}
+
+// isNil reports whether v is nil, or a nil pointer or func in an interface.
+func isNil(v any) bool {
+	if v == nil {
+		return true
+	}
+	rv := reflect.ValueOf(v)
+	switch rv.Kind() {
+	case reflect.Pointer, reflect.Func, reflect.Map, reflect.Chan, reflect.Interface, reflect.Slice:
+		return rv.IsNil()
+	}
+	return false
+}
