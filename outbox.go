@@ -152,11 +152,6 @@ func (e *InvalidError) Is(target error) bool { return target == ErrInvalid }
 // Unwrap returns the error that encoding/json gave for the payload, if any.
 func (e *InvalidError) Unwrap() error { return e.cause }
 
-// NewInvalidError returns an error for packages that build upon this one.
-func NewInvalidError(field, reason string) *InvalidError {
-	return &InvalidError{Field: field, Reason: reason, Index: -1}
-}
-
 func invalid(field, format string, args ...any) *InvalidError {
 	return &InvalidError{Field: field, Reason: fmt.Sprintf(format, args...), Index: -1}
 }

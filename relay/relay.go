@@ -219,7 +219,7 @@ func (r *Relay) RunOnce(ctx context.Context) (int, error) {
 }
 
 func invalid(field, format string, args ...any) error {
-	return outbox.NewInvalidError(field, fmt.Sprintf(format, args...))
+	return &outbox.InvalidError{Field: field, Reason: fmt.Sprintf(format, args...), Index: -1}
 }
 
 // isNil reports whether v is nil, or a nil pointer or func in an interface.
