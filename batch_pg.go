@@ -49,6 +49,14 @@ func (s *PGStore) AddNotifications(ctx context.Context, tx pgx.Tx, ns []NewNotif
 		return nil, s.explain("add notifications", err)
 	}
 	s.logExistingMany(ctx, results)
+	for i, res := range results {
+		if res.Outcome != OutcomeExisting && ins[i].notBefore.IsZero() {
+			if err := s.notify(ctx, tx); err != nil {
+				return nil, s.explain("notify of notifications", err)
+			}
+			break
+		}
+	}
 	return results, nil
 }
 

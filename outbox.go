@@ -128,6 +128,15 @@ var ErrInvalid = errors.New("outbox: invalid input")
 // ErrNotFound is returned by [PGStore.Get] when no row has the key.
 var ErrNotFound = errors.New("outbox: no such notification")
 
+// ErrSetup is what errors.Is finds in errors of [PGStore]'s methods, those on the
+// caller's transaction included, that no retry can help: the table is missing or not
+// migrated, or the role has no right to it.
+var ErrSetup = errors.New("outbox: the database is not set up")
+
+// ErrNoNotifications is returned by [PGStore.Listen] when NOTIFY does not arrive, as
+// behind a pooler that hands a connection to another client after each transaction.
+var ErrNoNotifications = errors.New("outbox: LISTEN hears nothing of a NOTIFY, as behind a transaction pooler")
+
 // InvalidError says which input was refused and why. errors.Is finds
 // [ErrInvalid] in it.
 type InvalidError struct {

@@ -34,6 +34,13 @@ type Config struct {
 	// MaxPayloadBytes is the longest payload accepted, as JSON text. 0 is
 	// 1 MiB; at most 16 MiB, so that jsonb can take any document of that size.
 	MaxPayloadBytes int
+
+	// Notify has adds send a NOTIFY, for relays that listen. A transaction with a
+	// NOTIFY takes a lock at commit that all such transactions share, so at most four
+	// transactions a second send one; it costs each of those a round trip more.
+	// Relays learn of the others by polling, which is at its quickest after a find. A
+	// transaction that sends one cannot be prepared for two-phase commit.
+	Notify bool
 }
 
 // PGStore is the outbox in PostgreSQL. It implements [Store] on the caller's
@@ -49,6 +56,10 @@ type PGStore struct {
 
 	// wideBookingID is set once booking_id is known to be a bigint. See fits.
 	wideBookingID atomic.Bool
+
+	notifies bool
+	born     time.Time
+	notified atomic.Int64 // nanoseconds after born; 0: never
 }
 
 var _ Store = (*PGStore)(nil)
@@ -93,6 +104,8 @@ func NewPGStore(pool *pgxpool.Pool, cfg Config) (*PGStore, error) {
 		table:           table,
 		maxPayloadBytes: maxPayload,
 		sql:             prepare(table),
+		notifies:        cfg.Notify,
+		born:            time.Now(),
 	}, nil
 }
 
@@ -317,6 +330,11 @@ func (s *PGStore) AddNotification(ctx context.Context, tx pgx.Tx, n NewNotificat
 			return AddResult{}, s.explain("add notification "+in.key.String(), err)
 		}
 		s.logExisting(ctx, res)
+		if res.Outcome != OutcomeExisting && in.notBefore.IsZero() {
+			if err := s.notify(ctx, tx); err != nil {
+				return AddResult{}, s.explain("notify of "+in.key.String(), err)
+			}
+		}
 		return res, nil
 	}
 	return AddResult{}, fmt.Errorf("outbox: add notification %s: %w", in.key, errNoRow)

@@ -114,10 +114,13 @@ func (s *PGStore) explain(operation string, err error) error {
 	switch sqlState(err) {
 	case codeNoTable:
 		hint = "there is no table " + s.table + ", run Migrate first: "
+		err = setupError{err}
 	case codeNoColumn, codeNoKey:
 		hint = "the table " + s.table + " is not migrated, run Migrate first: "
+		err = setupError{err}
 	case codeNoPrivilege:
 		hint = "the database role may not do this: "
+		err = setupError{err}
 	case codeReadOnly:
 		hint = "the transaction is read-only: "
 	case codeAborted:
@@ -134,3 +137,9 @@ func (s *PGStore) explain(operation string, err error) error {
 	}
 	return fmt.Errorf("outbox: %s: %s%w", operation, hint, err)
 }
+
+// setupError is an error in which errors.Is finds [ErrSetup].
+type setupError struct{ error }
+
+func (e setupError) Is(target error) bool { return target == ErrSetup }
+func (e setupError) Unwrap() error        { return e.error }

@@ -2,12 +2,16 @@ package relay
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"math"
 	"math/rand/v2"
 	"reflect"
+	"strings"
+	"sync"
 	"time"
+	"unicode/utf8"
 
 	"golang.org/x/time/rate"
 
@@ -153,8 +157,8 @@ func New(store Queue, sender Sender, cfg Config) (*Relay, error) {
 		return nil, invalid("Delivery", "%d is neither AtLeastOnce nor AtMostOnce", c.Delivery)
 	}
 	for _, typ := range c.Types {
-		if typ == "" {
-			return nil, invalid("Types", "an empty type")
+		if typ == "" || !utf8.ValidString(typ) || strings.ContainsRune(typ, 0) {
+			return nil, invalid("Types", "no type can be %q", typ)
 		}
 	}
 	if c.Backoff == nil {
@@ -200,22 +204,67 @@ func (r *Relay) Wake() {
 }
 
 // Run delivers until ctx ends. Then it claims no more, waits for what is being sent,
-// at most for ShutdownTimeout, notes the results, and hands the rest of what it had claimed back,
-// to be delivered by others at once.
+// for ShutdownTimeout at most, notes the results, and hands back the rest of what it
+// had claimed, so that others deliver it at once.
 //
-// It goes on through outages of the database, which cost no attempts, and returns an error before
-// ctx ends only if the outbox cannot be used at all: there is no table, it is not migrated, or the
-// role may not use it. After ctx has ended it returns nil, or an error that says what it had to
+// It goes on through outages of the database, which cost no attempts. Before ctx has
+// ended it returns only if the outbox cannot be used from the start: an error with
+// [outbox.ErrSetup], as there is no table, it is not migrated, or the role may not
+// use it. After ctx has ended it returns nil, or an error that says what it had to
 // leave behind: those rows are delivered again when their leases have ended.
 func (r *Relay) Run(ctx context.Context) error {
-	return fmt.Errorf("not yet")
+	s := newRun(r)
+	return s.do(ctx, func(ctx context.Context) error {
+		if r.listener == nil {
+			return s.claimOn(ctx)
+		}
+		listening, stop := context.WithCancel(ctx)
+		var listener sync.WaitGroup
+		listener.Go(func() { r.listen(listening) })
+		defer listener.Wait()
+		defer stop()
+		return s.claimOn(ctx)
+	})
 }
 
-// RunOnce claims one batch, delivers it, and returns how many rows it settled: sent, failed,
-// or to be tried again. It is for cron jobs, tests and serverless functions; repeat it until it
-// returns 0 to empty the outbox. When ctx ends early it does what Run does then.
+// RunOnce claims one batch, delivers it, and returns how many rows it settled: sent,
+// failed, or to be tried again. It is for cron jobs, tests and serverless functions;
+// repeat it until it returns 0 to deliver all that is due. When ctx ends early it
+// does what Run does then, and returns ctx's error.
 func (r *Relay) RunOnce(ctx context.Context) (int, error) {
-	return 0, fmt.Errorf("not yet")
+	s := newRun(r)
+	err := s.do(ctx, func(ctx context.Context) error {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		_, err := s.claim(ctx, outbox.NewToken(), r.cfg.BatchSize)
+		return err
+	})
+	if err == nil {
+		err = ctx.Err()
+	}
+	return s.settled, err
+}
+
+// listen has the store wake the relay, until ctx ends.
+func (r *Relay) listen(ctx context.Context) {
+	trouble := outage{log: r.log, doing: "listen for NOTIFY"}
+	for ctx.Err() == nil {
+		err := r.listener.Listen(ctx, func() {
+			trouble.ended()
+			r.Wake()
+		})
+		switch {
+		case ctx.Err() != nil:
+			return
+		case errors.Is(err, outbox.ErrNoNotifications):
+			r.log.LogAttrs(ctx, slog.LevelWarn, "outbox: notifications do not arrive, the relay goes by polling alone",
+				slog.String("error", err.Error()), slog.Duration("poll_interval", r.cfg.PollInterval))
+			return
+		}
+		trouble.began(err)
+		_ = sleep(ctx, trouble.pause())
+	}
 }
 
 func invalid(field, format string, args ...any) error {
