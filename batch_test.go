@@ -13,6 +13,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/seed3357934d/outbox"
+	"github.com/seed3357934d/outbox/internal/pgtest"
 )
 
 func TestAddNotifications(t *testing.T) {
@@ -20,10 +21,10 @@ func TestAddNotifications(t *testing.T) {
 
 	t.Run("answers_in_the_order_given", func(t *testing.T) {
 		t.Parallel()
-		db := newDB(t)
-		db.add(t, outbox.NewNotification{Type: "m", BookingID: 500})
-		db.add(t, outbox.NewNotification{Type: "m", BookingID: 501})
-		db.exec(t, "UPDATE outbox_notifications SET status = 'sent' WHERE booking_id = 501")
+		db := pgtest.NewDB(t)
+		db.Add(t, outbox.NewNotification{Type: "m", BookingID: 500})
+		db.Add(t, outbox.NewNotification{Type: "m", BookingID: 501})
+		db.MustExec(t, "UPDATE outbox_notifications SET status = 'sent' WHERE booking_id = 501")
 		var ns []outbox.NewNotification
 		for i := range 3000 {
 			n := outbox.NewNotification{Type: "m", BookingID: int64(i + 1), Payload: i}
@@ -39,7 +40,7 @@ func TestAddNotifications(t *testing.T) {
 		}
 		rand.Shuffle(len(ns), func(i, j int) { ns[i], ns[j] = ns[j], ns[i] })
 		for pass, want := range []outbox.Outcome{outbox.OutcomeCreated, outbox.OutcomeRefreshed} {
-			results := db.addMany(t, ns...)
+			results := db.AddMany(t, ns...)
 			require.Len(t, results, len(ns))
 			for i, res := range results {
 				require.Equal(t, ns[i].Key(), res.Notification.Key())
@@ -54,29 +55,29 @@ func TestAddNotifications(t *testing.T) {
 				}
 			}
 		}
-		require.Equal(t, 3000, db.count(t))
+		require.Equal(t, 3000, db.Count(t))
 	})
 
 	t.Run("takes_an_empty_slice", func(t *testing.T) {
 		t.Parallel()
-		db := newDB(t)
-		require.Empty(t, db.addMany(t))
+		db := pgtest.NewDB(t)
+		require.Empty(t, db.AddMany(t))
 	})
 
 	t.Run("is_rolled_back_as_a_whole", func(t *testing.T) {
 		t.Parallel()
-		db := newDB(t)
-		tx := db.begin(t)
-		_, err := db.store.AddNotifications(t.Context(), tx, []outbox.NewNotification{{Type: "a"}, {Type: "b"}})
+		db := pgtest.NewDB(t)
+		tx := db.MustBegin(t)
+		_, err := db.Store.AddNotifications(t.Context(), tx, []outbox.NewNotification{{Type: "a"}, {Type: "b"}})
 		require.NoError(t, err)
 		require.NoError(t, tx.Rollback(t.Context()))
-		require.Zero(t, db.count(t))
+		require.Zero(t, db.Count(t))
 	})
 
 	// A batch leaves what single calls in the same order leave, and says so.
 	t.Run("folds_a_key_given_twice_as_two_calls_would", func(t *testing.T) {
 		t.Parallel()
-		db, singly := newDB(t), newDB(t)
+		db, singly := pgtest.NewDB(t), pgtest.NewDB(t)
 		at := time.Date(2031, 1, 1, 0, 0, 0, 0, time.UTC)
 		payloads := []any{nil, nil, json.RawMessage(`{"a":1}`), json.RawMessage(`{ "a": 1.0 }`), json.RawMessage(`{"a":2}`), json.RawMessage(`[]`)}
 		recruiters := []int64{0, 0, 1, 2}
@@ -84,20 +85,20 @@ func TestAddNotifications(t *testing.T) {
 			r := rand.New(rand.NewPCG(uint64(round), 1))
 			key := outbox.NewNotification{Type: "fold", BookingID: int64(round + 1)}
 			start := r.IntN(5)
-			for _, d := range []*testDB{db, singly} {
+			for _, d := range []*pgtest.DB{db, singly} {
 				if start == 0 {
 					continue // a new key
 				}
 				n := key
 				n.Payload, n.RecruiterTgID = payloads[round%len(payloads)], recruiters[round%len(recruiters)]
-				id := d.add(t, n).Notification.ID
+				id := d.Add(t, n).Notification.ID
 				switch start {
 				case 1:
-					d.lease(t, id, "1 hour")
+					lease(t, d, id, "1 hour")
 				case 2:
-					d.exec(t, "UPDATE outbox_notifications SET status = 'sent' WHERE id = $1", id)
+					d.MustExec(t, "UPDATE outbox_notifications SET status = 'sent' WHERE id = $1", id)
 				case 3:
-					d.exec(t, "UPDATE outbox_notifications SET attempts = 2, locked_at = now() WHERE id = $1", id)
+					d.MustExec(t, "UPDATE outbox_notifications SET attempts = 2, locked_at = now() WHERE id = $1", id)
 				}
 			}
 			var ns []outbox.NewNotification
@@ -115,10 +116,10 @@ func TestAddNotifications(t *testing.T) {
 				}
 				ns = append(ns, n)
 			}
-			got := db.addMany(t, ns...)
+			got := db.AddMany(t, ns...)
 			var want []outbox.AddResult
 			for _, n := range ns {
-				want = append(want, singly.add(t, n))
+				want = append(want, singly.Add(t, n))
 			}
 			for i := range ns {
 				require.Equal(t, want[i].Outcome, got[i].Outcome, "round %d", round)
@@ -130,7 +131,7 @@ func TestAddNotifications(t *testing.T) {
 
 	t.Run("opposite_orders_do_not_deadlock", func(t *testing.T) {
 		t.Parallel()
-		db := newDB(t)
+		db := pgtest.NewDB(t)
 		var ns []outbox.NewNotification
 		for i := range 60 {
 			ns = append(ns, outbox.NewNotification{Type: "a", BookingID: int64(i)}, outbox.NewNotification{Type: "b", CandidateTgID: int64(i)},
@@ -143,11 +144,11 @@ func TestAddNotifications(t *testing.T) {
 			// Half of the keys are there, so that batches lock rows and insert others;
 			// then all are.
 			if round%2 == 0 {
-				db.exec(t, "DELETE FROM outbox_notifications WHERE id % 2 = 0")
+				db.MustExec(t, "DELETE FROM outbox_notifications WHERE id % 2 = 0")
 			}
-			var waits []<-chan result[any]
+			var waits []<-chan pgtest.Result[any]
 			for worker := range 6 {
-				waits = append(waits, later(func() (any, error) {
+				waits = append(waits, pgtest.Later(func() (any, error) {
 					return nil, pgx.BeginFunc(ctx, db.Pool, func(tx pgx.Tx) error {
 						batch := ns
 						if worker%2 == 0 {
@@ -156,17 +157,17 @@ func TestAddNotifications(t *testing.T) {
 						if worker == 5 {
 							batch = batch[10:100]
 						}
-						_, err := db.store.AddNotifications(ctx, tx, batch)
+						_, err := db.Store.AddNotifications(ctx, tx, batch)
 						return err
 					})
 				}))
 			}
 			for _, c := range waits {
-				_, err := await(t, c)
+				_, err := pgtest.Await(t, c)
 				require.NoError(t, err)
 			}
 			if round%2 == 1 {
-				require.Equal(t, len(ns), db.count(t))
+				require.Equal(t, len(ns), db.Count(t))
 			}
 		}
 	})
@@ -175,27 +176,27 @@ func TestAddNotifications(t *testing.T) {
 		// The rival's row is not in the batch's snapshot. Once the batch has passed it,
 		// it holds it: the rival's successor waits for the batch.
 		t.Parallel()
-		db := newDB(t)
+		db := pgtest.NewDB(t)
 		batch := []outbox.NewNotification{{Type: "a"}, {Type: "b"}, {Type: "c"}}
-		rivalOnA, rivalOnC, mine := db.begin(t), db.begin(t), db.begin(t)
+		rivalOnA, rivalOnC, mine := db.MustBegin(t), db.MustBegin(t), db.MustBegin(t)
 		for tx, n := range map[pgx.Tx]outbox.NewNotification{rivalOnA: batch[0], rivalOnC: batch[2]} {
-			_, err := db.store.AddNotification(t.Context(), tx, n)
+			_, err := db.Store.AddNotification(t.Context(), tx, n)
 			require.NoError(t, err)
 		}
 		ctx := t.Context()
-		c := later(func() ([]outbox.AddResult, error) { return db.store.AddNotifications(ctx, mine, batch) })
-		db.waitBlocked(t, 1)
+		c := pgtest.Later(func() ([]outbox.AddResult, error) { return db.Store.AddNotifications(ctx, mine, batch) })
+		db.WaitBlocked(t, 1)
 		require.NoError(t, rivalOnA.Commit(t.Context()))
 		waitsFor(t, db, mine, rivalOnC)
 
-		tx := db.begin(t)
+		tx := db.MustBegin(t)
 		_, err := tx.Exec(t.Context(), "SET lock_timeout = '10ms'")
 		require.NoError(t, err)
-		_, err = db.store.AddNotification(t.Context(), tx, batch[0])
+		_, err = db.Store.AddNotification(t.Context(), tx, batch[0])
 		require.Equal(t, "55P03", sqlState(t, err), "a row that the batch has passed is free")
 
 		require.NoError(t, rivalOnC.Commit(t.Context()))
-		res, err := await(t, c)
+		res, err := pgtest.Await(t, c)
 		require.NoError(t, err)
 		require.Equal(t, []outbox.Outcome{outbox.OutcomeRefreshed, outbox.OutcomeCreated, outbox.OutcomeRefreshed},
 			[]outbox.Outcome{res[0].Outcome, res[1].Outcome, res[2].Outcome})
@@ -203,22 +204,22 @@ func TestAddNotifications(t *testing.T) {
 
 	t.Run("refuses_more_payload_than_a_message_can_hold", func(t *testing.T) {
 		t.Parallel()
-		db := newDB(t)
+		db := pgtest.NewDB(t)
 		payload := json.RawMessage(`"` + string(slices.Repeat([]byte("a"), 1<<20-2)) + `"`)
 		ns := make([]outbox.NewNotification, 65)
 		for i := range ns {
 			ns[i] = outbox.NewNotification{Type: "big", BookingID: int64(i + 1), Payload: payload}
 		}
-		_, err := db.store.AddNotifications(t.Context(), db.begin(t), ns)
+		_, err := db.Store.AddNotifications(t.Context(), db.MustBegin(t), ns)
 		requireInvalid(t, err, "Payload", 64, "batch")
 	})
 }
 
 // waitsFor waits until tx waits for a lock that holder has.
-func waitsFor(t *testing.T, db *testDB, tx, holder pgx.Tx) {
+func waitsFor(t *testing.T, db *pgtest.DB, tx, holder pgx.Tx) {
 	t.Helper()
 	require.Eventually(t, func() bool {
-		return one[bool](t, db, "SELECT $2::int = ANY (pg_blocking_pids($1::int))", tx.Conn().PgConn().PID(), holder.Conn().PgConn().PID())
+		return pgtest.One[bool](t, db, "SELECT $2::int = ANY (pg_blocking_pids($1::int))", tx.Conn().PgConn().PID(), holder.Conn().PgConn().PID())
 	}, 30*time.Second, time.Millisecond)
 }
 
@@ -240,15 +241,15 @@ func TestRunInTx(t *testing.T) {
 
 	t.Run("commits_what_rivals_under_SERIALIZABLE_add", func(t *testing.T) {
 		t.Parallel()
-		db := newDB(t)
+		db := pgtest.NewDB(t)
 		ctx := t.Context()
-		var waits []<-chan result[outbox.Outcome]
+		var waits []<-chan pgtest.Result[outbox.Outcome]
 		for i := range 8 {
-			waits = append(waits, later(func() (outcome outbox.Outcome, err error) {
+			waits = append(waits, pgtest.Later(func() (outcome outbox.Outcome, err error) {
 				err = outbox.RunInTx(ctx, db.Pool, level, func(tx pgx.Tx) error {
 					n := rejected
 					n.Payload = i
-					res, err := db.store.AddNotification(ctx, tx, n)
+					res, err := db.Store.AddNotification(ctx, tx, n)
 					outcome = res.Outcome
 					return err
 				})
@@ -257,14 +258,14 @@ func TestRunInTx(t *testing.T) {
 		}
 		created := 0
 		for _, c := range waits {
-			outcome, err := await(t, c)
+			outcome, err := pgtest.Await(t, c)
 			require.NoError(t, err)
 			if outcome == outbox.OutcomeCreated {
 				created++
 			}
 		}
 		require.Equal(t, 1, created)
-		require.EqualValues(t, 8, db.get(t, rejected.Key()).Version)
+		require.EqualValues(t, 8, db.Get(t, rejected.Key()).Version)
 	})
 
 	serializationFailure := func(ctx context.Context, tx pgx.Tx) error {
@@ -274,7 +275,7 @@ func TestRunInTx(t *testing.T) {
 
 	t.Run("gives_up_after_ten_runs", func(t *testing.T) {
 		t.Parallel()
-		db := newDB(t)
+		db := pgtest.NewDB(t)
 		runs := 0
 		err := outbox.RunInTx(t.Context(), db.Pool, level, func(tx pgx.Tx) error {
 			runs++
@@ -287,26 +288,26 @@ func TestRunInTx(t *testing.T) {
 
 	t.Run("runs_nothing_again_that_is_not_retryable", func(t *testing.T) {
 		t.Parallel()
-		db := newDB(t)
+		db := pgtest.NewDB(t)
 		for _, sql := range []string{"SELECT 1/0", "DO $$ BEGIN RAISE unique_violation; END $$", "DO $$ BEGIN RAISE lock_not_available; END $$"} {
 			runs := 0
 			err := outbox.RunInTx(t.Context(), db.Pool, pgx.TxOptions{}, func(tx pgx.Tx) error {
 				runs++
-				_, err := db.store.AddNotification(t.Context(), tx, rejected)
+				_, err := db.Store.AddNotification(t.Context(), tx, rejected)
 				require.NoError(t, err)
 				_, err = tx.Exec(t.Context(), sql)
 				return err
 			})
 			require.Error(t, err)
 			require.Equal(t, 1, runs)
-			require.Zero(t, db.count(t))
+			require.Zero(t, db.Count(t))
 		}
 	})
 
 	t.Run("runs_a_failed_commit_again", func(t *testing.T) {
 		t.Parallel()
-		db := newDB(t)
-		db.exec(t, `CREATE TABLE once (runs int); INSERT INTO once VALUES (0);
+		db := pgtest.NewDB(t)
+		db.MustExec(t, `CREATE TABLE once (runs int); INSERT INTO once VALUES (0);
 			CREATE SEQUENCE runs;
 			CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
 				IF nextval('runs') < 3 THEN RAISE serialization_failure; END IF; RETURN NULL; END $$;
@@ -315,16 +316,16 @@ func TestRunInTx(t *testing.T) {
 		runs := 0
 		require.NoError(t, outbox.RunInTx(t.Context(), db.Pool, pgx.TxOptions{}, func(tx pgx.Tx) error {
 			runs++
-			_, err := db.store.AddNotification(t.Context(), tx, rejected)
+			_, err := db.Store.AddNotification(t.Context(), tx, rejected)
 			return err
 		}))
 		require.Equal(t, 3, runs)
-		require.Equal(t, 1, db.count(t))
+		require.Equal(t, 1, db.Count(t))
 	})
 
 	t.Run("stops_when_its_context_ends", func(t *testing.T) {
 		t.Parallel()
-		db := newDB(t)
+		db := pgtest.NewDB(t)
 		ctx, cancel := context.WithCancel(t.Context())
 		runs := 0
 		err := outbox.RunInTx(ctx, db.Pool, level, func(tx pgx.Tx) error {
@@ -341,21 +342,21 @@ func TestRunInTx(t *testing.T) {
 
 	t.Run("rolls_back_a_panic", func(t *testing.T) {
 		t.Parallel()
-		db := newDB(t)
+		db := pgtest.NewDB(t)
 		require.PanicsWithValue(t, "boom", func() {
 			_ = outbox.RunInTx(t.Context(), db.Pool, pgx.TxOptions{}, func(tx pgx.Tx) error {
-				_, err := db.store.AddNotification(t.Context(), tx, rejected)
+				_, err := db.Store.AddNotification(t.Context(), tx, rejected)
 				require.NoError(t, err)
 				panic("boom")
 			})
 		})
-		require.Zero(t, db.count(t))
+		require.Zero(t, db.Count(t))
 		require.Zero(t, db.Stat().AcquiredConns())
 	})
 
 	t.Run("refuses_nothing_to_run", func(t *testing.T) {
 		t.Parallel()
-		db := newDB(t)
+		db := pgtest.NewDB(t)
 		requireInvalid(t, outbox.RunInTx(t.Context(), nil, level, func(pgx.Tx) error { return nil }), "pool", -1, "nil pool")
 		requireInvalid(t, outbox.RunInTx(t.Context(), db.Pool, level, nil), "fn", -1, "nil fn")
 	})

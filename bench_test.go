@@ -15,6 +15,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/seed3357934d/outbox"
+	"github.com/seed3357934d/outbox/internal/pgtest"
 )
 
 // BenchmarkAdd compares transactions that insert a business row and add a
@@ -41,16 +42,16 @@ func BenchmarkAdd(b *testing.B) {
 	} {
 		for _, conns := range []int{1, 8} {
 			b.Run(fmt.Sprintf("%s/conns=%d", c.name, conns), func(b *testing.B) {
-				db := newDB(b)
-				db.exec(b, "CREATE TABLE business (id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, note text)")
+				db := pgtest.NewDB(b)
+				db.MustExec(b, "CREATE TABLE business (id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, note text)")
 				if c.status != "" {
-					db.exec(b, `INSERT INTO outbox_notifications (type, booking_id, candidate_tg_id, payload_json, status)
+					db.MustExec(b, `INSERT INTO outbox_notifications (type, booking_id, candidate_tg_id, payload_json, status)
 						SELECT 'reject', i, i, '{"slot":0}', $1 FROM generate_series(1, $2) i`, c.status, rows)
 				}
-				db.exec(b, `INSERT INTO outbox_notifications (type, booking_id, candidate_tg_id, status)
+				db.MustExec(b, `INSERT INTO outbox_notifications (type, booking_id, candidate_tg_id, status)
 					SELECT 'other', i, i, 'sent' FROM generate_series(1, $1) i`, rows)
-				db.exec(b, "VACUUM ANALYZE") // not of an empty table: for one, scanning it is a good plan
-				pool := newPool(b, db.url, func(cfg *pgxpool.Config) { cfg.MaxConns = int32(conns) })
+				db.MustExec(b, "VACUUM ANALYZE") // not of an empty table: for one, scanning it is a good plan
+				pool := pgtest.NewPool(b, db.URL, func(cfg *pgxpool.Config) { cfg.MaxConns = int32(conns) })
 				var n atomic.Int64
 				run := func(work func(ctx context.Context, tx pgx.Tx, booking int64, payload string) error) float64 {
 					var done atomic.Int64
@@ -82,7 +83,7 @@ func BenchmarkAdd(b *testing.B) {
 					return err
 				}
 				add := func(ctx context.Context, tx pgx.Tx, booking int64, payload string) error {
-					_, err := db.store.AddNotification(ctx, tx, outbox.NewNotification{
+					_, err := db.Store.AddNotification(ctx, tx, outbox.NewNotification{
 						Type: "reject", BookingID: booking, CandidateTgID: booking, Payload: json.RawMessage(payload)})
 					return err
 				}

@@ -8,32 +8,14 @@ import (
 	"log/slog"
 
 	"github.com/jackc/pgx/v5"
-	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/seed3357934d/outbox"
+	"github.com/seed3357934d/outbox/internal/pgtest"
 )
-
-// examplePool stands for the pool that a service has. Its database is new.
-func examplePool(ctx context.Context) (pool *pgxpool.Pool, drop func()) {
-	name := fmt.Sprintf("outbox_example_%d", databases.Add(1))
-	if err := onServer("CREATE DATABASE " + name); err != nil {
-		log.Fatal(err)
-	}
-	pool, err := pgxpool.New(ctx, databaseURL(name))
-	if err != nil {
-		log.Fatal(err)
-	}
-	return pool, func() {
-		pool.Close()
-		if err := onServer("DROP DATABASE " + name); err != nil {
-			log.Fatal(err)
-		}
-	}
-}
 
 func ExamplePGStore_AddNotification() {
 	ctx := context.Background()
-	pool, drop := examplePool(ctx)
+	pool, drop := pgtest.ExamplePool(ctx)
 	defer drop()
 	store, err := outbox.NewPGStore(pool, outbox.Config{Logger: slog.New(slog.DiscardHandler)})
 	if err != nil {
@@ -74,7 +56,7 @@ func ExamplePGStore_AddNotification() {
 
 func ExamplePGStore_AddNotifications() {
 	ctx := context.Background()
-	pool, drop := examplePool(ctx)
+	pool, drop := pgtest.ExamplePool(ctx)
 	defer drop()
 	if err := outbox.Migrate(ctx, pool); err != nil {
 		log.Fatal(err)
@@ -105,7 +87,7 @@ func ExamplePGStore_AddNotifications() {
 
 func ExampleRunInTx() {
 	ctx := context.Background()
-	pool, drop := examplePool(ctx)
+	pool, drop := pgtest.ExamplePool(ctx)
 	defer drop()
 	if err := outbox.Migrate(ctx, pool); err != nil {
 		log.Fatal(err)
@@ -128,7 +110,7 @@ func ExampleRunInTx() {
 // Bad input is refused before any SQL, so the transaction goes on.
 func ExampleInvalidError() {
 	ctx := context.Background()
-	pool, drop := examplePool(ctx)
+	pool, drop := pgtest.ExamplePool(ctx)
 	defer drop()
 	store, err := outbox.NewPGStore(pool, outbox.Config{})
 	if err != nil {

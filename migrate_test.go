@@ -13,6 +13,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/seed3357934d/outbox"
+	"github.com/seed3357934d/outbox/internal/pgtest"
 	"github.com/seed3357934d/outbox/migrations"
 )
 
@@ -52,9 +53,9 @@ const pythonSelect = `SELECT id, booking_id, type, payload_json, candidate_tg_id
 	locked_at, next_retry_at, last_error, correlation_id FROM outbox_notifications WHERE status = 'pending'`
 
 // describe returns all that the catalog says of the table, to be compared.
-func describe(t testing.TB, db *testDB) string {
+func describe(t testing.TB, db *pgtest.DB) string {
 	t.Helper()
-	return one[string](t, db, `SELECT concat_ws(E'\n',
+	return pgtest.One[string](t, db, `SELECT concat_ws(E'\n',
 		(SELECT string_agg(concat_ws(' ', attname, format_type(atttypid, atttypmod), attnotnull, atthasdef), E'\n' ORDER BY attnum)
 			FROM pg_attribute WHERE attrelid = to_regclass('outbox_notifications') AND attnum > 0),
 		(SELECT string_agg(conname || ' ' || pg_get_constraintdef(oid), E'\n' ORDER BY conname) FROM pg_constraint WHERE conrelid = to_regclass('outbox_notifications')),
@@ -68,9 +69,9 @@ func TestMigrate(t *testing.T) {
 
 	t.Run("creates_the_table", func(t *testing.T) {
 		t.Parallel()
-		db := newEmptyDB(t)
+		db := pgtest.NewEmptyDB(t)
 		require.NoError(t, outbox.Migrate(t.Context(), db.Pool))
-		require.Equal(t, outbox.OutcomeCreated, db.add(t, rejected).Outcome)
+		require.Equal(t, outbox.OutcomeCreated, db.Add(t, rejected).Outcome)
 		for _, values := range []string{"('reject', 7, 42)", "('x', NULL, 42), ('x', NULL, 42)", "('x', 7, NULL), ('x', 7, NULL)", "('x', NULL, NULL), ('x', NULL, NULL)"} {
 			_, err := db.Exec(t.Context(), "INSERT INTO outbox_notifications (type, booking_id, candidate_tg_id) VALUES "+values)
 			require.Equal(t, "23505", sqlState(t, err), values)
@@ -79,10 +80,10 @@ func TestMigrate(t *testing.T) {
 
 	t.Run("does_nothing_the_second_time", func(t *testing.T) {
 		t.Parallel()
-		db := newDB(t)
+		db := pgtest.NewDB(t)
 		before := describe(t, db)
 		// not even a lock that readers and writers hold is in its way
-		tx := db.begin(t)
+		tx := db.MustBegin(t)
 		_, err := tx.Exec(t.Context(), "LOCK TABLE outbox_notifications IN ACCESS EXCLUSIVE MODE")
 		require.NoError(t, err)
 		require.NoError(t, outbox.Migrate(t.Context(), db.Pool))
@@ -92,22 +93,22 @@ func TestMigrate(t *testing.T) {
 
 	t.Run("needs_no_rights_once_the_schema_is_current", func(t *testing.T) {
 		t.Parallel()
-		db := newDB(t)
-		role := fmt.Sprintf("adder_%d", time.Now().UnixNano())
-		db.exec(t, "CREATE ROLE "+role+"; GRANT SELECT ON outbox_migrations TO "+role)
-		t.Cleanup(func() { require.NoError(t, onServer("DROP ROLE "+role)) })
-		pool := newPool(t, db.url, func(cfg *pgxpool.Config) { cfg.ConnConfig.RuntimeParams["role"] = role })
+		db := pgtest.NewDB(t)
+		role := pgtest.Name("adder")
+		db.MustExec(t, "CREATE ROLE "+role+"; GRANT SELECT ON outbox_migrations TO "+role)
+		t.Cleanup(func() { require.NoError(t, pgtest.OnServer("DROP ROLE "+role)) })
+		pool := pgtest.NewPool(t, db.URL, func(cfg *pgxpool.Config) { cfg.ConnConfig.RuntimeParams["role"] = role })
 		require.NoError(t, outbox.Migrate(t.Context(), pool))
 		pool.Close()
-		db.exec(t, "DROP OWNED BY "+role)
+		db.MustExec(t, "DROP OWNED BY "+role)
 	})
 
 	for _, defaults := range []string{"read committed", "repeatable read", "serializable"} {
 		t.Run("is_safe_from_many_processes_at_once_under_"+strings.ReplaceAll(defaults, " ", "_"), func(t *testing.T) {
 			t.Parallel()
-			db := newEmptyDB(t)
-			db.exec(t, pythonTable)
-			pool := newPool(t, db.url, func(cfg *pgxpool.Config) {
+			db := pgtest.NewEmptyDB(t)
+			db.MustExec(t, pythonTable)
+			pool := pgtest.NewPool(t, db.URL, func(cfg *pgxpool.Config) {
 				cfg.ConnConfig.RuntimeParams["default_transaction_isolation"] = defaults
 				cfg.ConnConfig.RuntimeParams["default_transaction_read_only"] = "on"
 			})
@@ -123,7 +124,7 @@ func TestMigrate(t *testing.T) {
 					})
 				}
 				wg.Wait()
-				require.Equal(t, 2, one[int](t, db, "SELECT count(*) FROM "+schema+".outbox_migrations"))
+				require.Equal(t, 2, pgtest.One[int](t, db, "SELECT count(*) FROM "+schema+".outbox_migrations"))
 			}
 		})
 	}
@@ -131,37 +132,37 @@ func TestMigrate(t *testing.T) {
 	t.Run("lets_one_process_at_a_time_wait_for_the_tables_lock", func(t *testing.T) {
 		// Each one that waits holds up all who come to the table after it.
 		t.Parallel()
-		db := newEmptyDB(t)
-		db.exec(t, pythonTable)
-		reader := db.begin(t)
-		one[int](t, reader, "SELECT count(*) FROM outbox_notifications")
+		db := pgtest.NewEmptyDB(t)
+		db.MustExec(t, pythonTable)
+		reader := db.MustBegin(t)
+		pgtest.One[int](t, reader, "SELECT count(*) FROM outbox_notifications")
 		ctx := t.Context()
-		var waits []<-chan result[any]
+		var waits []<-chan pgtest.Result[any]
 		for range 8 {
-			waits = append(waits, later(func() (any, error) { return nil, db.store.Migrate(ctx) }))
+			waits = append(waits, pgtest.Later(func() (any, error) { return nil, db.Store.Migrate(ctx) }))
 		}
-		db.waitBlocked(t, 1)
+		db.WaitBlocked(t, 1)
 		for range 300 {
-			require.LessOrEqual(t, one[int](t, db, `SELECT count(*) FROM pg_locks WHERE NOT granted AND mode = 'AccessExclusiveLock'
+			require.LessOrEqual(t, pgtest.One[int](t, db, `SELECT count(*) FROM pg_locks WHERE NOT granted AND mode = 'AccessExclusiveLock'
 				AND database = (SELECT oid FROM pg_database WHERE datname = current_database())`), 1)
 		}
 		require.NoError(t, reader.Rollback(t.Context()))
 		for _, c := range waits {
-			_, err := await(t, c)
+			_, err := pgtest.Await(t, c)
 			require.NoError(t, err)
 		}
 	})
 
 	t.Run("uses_the_schema_of_the_callers_choice", func(t *testing.T) {
 		t.Parallel()
-		db := newEmptyDB(t)
+		db := pgtest.NewEmptyDB(t)
 		for _, schema := range []string{"bookings", `it's "odd".name`, strings.Repeat("ю", 31), "select"} {
 			store, err := outbox.NewPGStore(db.Pool, outbox.Config{Schema: schema, Logger: discard})
 			require.NoError(t, err)
 			require.NoError(t, store.Migrate(t.Context()))
 			require.NoError(t, store.Migrate(t.Context()))
-			require.True(t, one[bool](t, db, "SELECT to_regclass($1) IS NOT NULL", pgx.Identifier{schema, "outbox_notifications"}.Sanitize()))
-			tx := db.begin(t)
+			require.True(t, pgtest.One[bool](t, db, "SELECT to_regclass($1) IS NOT NULL", pgx.Identifier{schema, "outbox_notifications"}.Sanitize()))
+			tx := db.MustBegin(t)
 			res, err := store.AddNotification(t.Context(), tx, rejected)
 			require.NoError(t, err)
 			require.Equal(t, outbox.OutcomeCreated, res.Outcome)
@@ -169,14 +170,14 @@ func TestMigrate(t *testing.T) {
 			require.NoError(t, err)
 			require.NoError(t, tx.Commit(t.Context()))
 		}
-		require.False(t, one[bool](t, db, "SELECT to_regclass('public.outbox_notifications') IS NOT NULL"))
+		require.False(t, pgtest.One[bool](t, db, "SELECT to_regclass('public.outbox_notifications') IS NOT NULL"))
 	})
 
 	t.Run("is_not_misled_by_the_search_path_or_a_temporary_table", func(t *testing.T) {
 		t.Parallel()
-		db := newEmptyDB(t)
-		db.exec(t, `CREATE SCHEMA shadow; CREATE TABLE shadow.outbox_notifications (id int)`)
-		pool := newPool(t, db.url, func(cfg *pgxpool.Config) {
+		db := pgtest.NewEmptyDB(t)
+		db.MustExec(t, `CREATE SCHEMA shadow; CREATE TABLE shadow.outbox_notifications (id int)`)
+		pool := pgtest.NewPool(t, db.URL, func(cfg *pgxpool.Config) {
 			cfg.ConnConfig.RuntimeParams["search_path"] = "shadow"
 			cfg.AfterConnect = func(ctx context.Context, conn *pgx.Conn) error {
 				_, err := conn.Exec(ctx, "CREATE TEMPORARY TABLE outbox_notifications (id int)")
@@ -190,54 +191,54 @@ func TestMigrate(t *testing.T) {
 			_, err := store.AddNotification(t.Context(), tx, rejected)
 			return err
 		}))
-		require.Equal(t, 1, one[int](t, db, "SELECT count(*) FROM public.outbox_notifications"))
+		require.Equal(t, 1, pgtest.One[int](t, db, "SELECT count(*) FROM public.outbox_notifications"))
 	})
 
 	t.Run("never_downgrades", func(t *testing.T) {
 		t.Parallel()
-		db := newDB(t)
-		db.exec(t, "INSERT INTO outbox_migrations VALUES (9999)")
+		db := pgtest.NewDB(t)
+		db.MustExec(t, "INSERT INTO outbox_migrations VALUES (9999)")
 		before := describe(t, db)
 		require.NoError(t, outbox.Migrate(t.Context(), db.Pool))
 		require.Equal(t, before, describe(t, db))
-		require.Equal(t, 9999, one[int](t, db, "SELECT max(version) FROM outbox_migrations"))
+		require.Equal(t, 9999, pgtest.One[int](t, db, "SELECT max(version) FROM outbox_migrations"))
 	})
 
 	t.Run("waits_for_locks_without_holding_others_up", func(t *testing.T) {
 		t.Parallel()
-		db := newEmptyDB(t)
-		db.exec(t, pythonTable)
-		reader := db.begin(t)
-		one[int](t, reader, "SELECT count(*) FROM outbox_notifications")
+		db := pgtest.NewEmptyDB(t)
+		db.MustExec(t, pythonTable)
+		reader := db.MustBegin(t)
+		pgtest.One[int](t, reader, "SELECT count(*) FROM outbox_notifications")
 		ctx, cancel := context.WithCancel(t.Context())
-		c := later(func() (any, error) { return nil, db.store.Migrate(ctx) })
-		db.waitBlocked(t, 1)
+		c := pgtest.Later(func() (any, error) { return nil, db.Store.Migrate(ctx) })
+		db.WaitBlocked(t, 1)
 		// queued up behind the migration, and let through by its lock_timeout
 		insertCtx, done := context.WithTimeout(ctx, 30*time.Second)
 		defer done()
 		_, err := db.Exec(insertCtx, pythonInsert, 1, "reject", 42)
 		require.NoError(t, err)
 		cancel()
-		_, err = await(t, c)
+		_, err = pgtest.Await(t, c)
 		require.ErrorIs(t, err, context.Canceled)
 		require.NoError(t, reader.Rollback(t.Context()))
 		require.NoError(t, outbox.Migrate(t.Context(), db.Pool))
-		require.Equal(t, 1, db.count(t))
+		require.Equal(t, 1, db.Count(t))
 	})
 
 	t.Run("refuses_a_database_that_is_not_UTF8", func(t *testing.T) {
 		t.Parallel()
-		name := fmt.Sprintf("outbox_latin1_%d", databases.Add(1)+time.Now().UnixNano())
-		require.NoError(t, onServer("CREATE DATABASE "+name+" TEMPLATE template0 ENCODING 'LATIN1' LC_COLLATE 'C' LC_CTYPE 'C'"))
-		t.Cleanup(func() { require.NoError(t, onServer("DROP DATABASE "+name+" WITH (FORCE)")) })
-		require.ErrorContains(t, outbox.Migrate(t.Context(), newPool(t, databaseURL(name), nil)), "encoding LATIN1")
+		name := pgtest.Name("outbox_latin1")
+		require.NoError(t, pgtest.OnServer("CREATE DATABASE "+name+" TEMPLATE template0 ENCODING 'LATIN1' LC_COLLATE 'C' LC_CTYPE 'C'"))
+		t.Cleanup(func() { require.NoError(t, pgtest.OnServer("DROP DATABASE "+name+" WITH (FORCE)")) })
+		require.ErrorContains(t, outbox.Migrate(t.Context(), pgtest.NewPool(t, pgtest.DatabaseURL(name), nil)), "encoding LATIN1")
 	})
 
 	t.Run("refuses_a_table_in_a_later_schema_of_the_search_path", func(t *testing.T) {
 		// Only a tool can meet that. It would create a second outbox, empty.
 		t.Parallel()
-		db := newEmptyDB(t)
-		db.exec(t, pythonTable+"; CREATE SCHEMA app")
+		db := pgtest.NewEmptyDB(t)
+		db.MustExec(t, pythonTable+"; CREATE SCHEMA app")
 		sql, err := migrations.FS.ReadFile("0001_outbox_notifications.up.sql")
 		require.NoError(t, err)
 		_, err = db.Exec(t.Context(), "SET search_path = app, public;"+string(sql), pgx.QueryExecModeSimpleProtocol)
@@ -247,7 +248,7 @@ func TestMigrate(t *testing.T) {
 	t.Run("is_what_the_files_do", func(t *testing.T) {
 		// As a migration tool runs them, each in a transaction on the search_path.
 		t.Parallel()
-		db, tool := newDB(t), newEmptyDB(t)
+		db, tool := pgtest.NewDB(t), pgtest.NewEmptyDB(t)
 		entries, err := migrations.FS.ReadDir(".")
 		require.NoError(t, err)
 		for range 2 {
@@ -271,19 +272,19 @@ func TestAdoption(t *testing.T) {
 
 	t.Run("keeps_rows_constraint_and_foreign_key", func(t *testing.T) {
 		t.Parallel()
-		db := newEmptyDB(t)
-		db.exec(t, pythonTable)
-		db.exec(t, pythonInsert, 1, "reject", 42)
-		db.exec(t, pythonInsert, 1, "reject", nil)
-		db.exec(t, pythonInsert, nil, "digest", nil)
-		db.exec(t, "UPDATE outbox_notifications SET status = 'sent', attempts = 1 WHERE type = 'digest'")
+		db := pgtest.NewEmptyDB(t)
+		db.MustExec(t, pythonTable)
+		db.MustExec(t, pythonInsert, 1, "reject", 42)
+		db.MustExec(t, pythonInsert, 1, "reject", nil)
+		db.MustExec(t, pythonInsert, nil, "digest", nil)
+		db.MustExec(t, "UPDATE outbox_notifications SET status = 'sent', attempts = 1 WHERE type = 'digest'")
 		rows := "SELECT json_agg(r ORDER BY id)::text FROM (" + strings.Replace(pythonSelect, "WHERE status = 'pending'", "", 1) + ") r"
-		before := one[string](t, db, rows)
-		filenode := one[uint32](t, db, "SELECT relfilenode FROM pg_class WHERE relname = 'outbox_notifications'")
+		before := pgtest.One[string](t, db, rows)
+		filenode := pgtest.One[uint32](t, db, "SELECT relfilenode FROM pg_class WHERE relname = 'outbox_notifications'")
 
 		require.NoError(t, outbox.Migrate(t.Context(), db.Pool))
-		require.Equal(t, before, one[string](t, db, rows))
-		require.Equal(t, filenode, one[uint32](t, db, "SELECT relfilenode FROM pg_class WHERE relname = 'outbox_notifications'"), "the table was rewritten")
+		require.Equal(t, before, pgtest.One[string](t, db, rows))
+		require.Equal(t, filenode, pgtest.One[uint32](t, db, "SELECT relfilenode FROM pg_class WHERE relname = 'outbox_notifications'"), "the table was rewritten")
 		got := describe(t, db)
 		require.Contains(t, got, "uq_outbox_type_booking_candidate UNIQUE NULLS NOT DISTINCT (type, booking_id, candidate_tg_id)")
 		require.Contains(t, got, "FOREIGN KEY (booking_id) REFERENCES bookings(id) ON DELETE CASCADE")
@@ -298,30 +299,30 @@ func TestAdoption(t *testing.T) {
 			{Type: "digest", CandidateTgID: -100}:             outbox.OutcomeCreated,
 		} {
 			n := outbox.NewNotification{Type: key.Type, BookingID: key.BookingID, CandidateTgID: key.CandidateTgID}
-			require.Equal(t, want, db.add(t, n).Outcome, key)
+			require.Equal(t, want, db.Add(t, n).Outcome, key)
 		}
 		// the payload that Python spelled with a blank is the same content
 		n := rejected
 		n.BookingID = 1
-		require.EqualValues(t, 1, db.add(t, n).Notification.Version)
+		require.EqualValues(t, 1, db.Add(t, n).Notification.Version)
 
 		// the Python service goes on
-		db.exec(t, pythonInsert, 3, "reject", 43)
-		db.exec(t, "INSERT INTO outbox_notifications (type, payload_json, recruiter_tg_id, created_at, booking_id, candidate_tg_id) "+
+		db.MustExec(t, pythonInsert, 3, "reject", 43)
+		db.MustExec(t, "INSERT INTO outbox_notifications (type, payload_json, recruiter_tg_id, created_at, booking_id, candidate_tg_id) "+
 			"VALUES ('reject', '{}', 1, now(), 3, 43) ON CONFLICT ON CONSTRAINT uq_outbox_type_booking_candidate DO NOTHING")
-		require.Equal(t, outbox.OutcomeRefreshed, db.add(t, outbox.NewNotification{Type: "reject", BookingID: 3, CandidateTgID: 43}).Outcome)
+		require.Equal(t, outbox.OutcomeRefreshed, db.Add(t, outbox.NewNotification{Type: "reject", BookingID: 3, CandidateTgID: 43}).Outcome)
 	})
 
 	t.Run("goes_on_beside_a_service_that_inserts_and_reads", func(t *testing.T) {
 		t.Parallel()
-		db := newEmptyDB(t)
-		db.exec(t, pythonTable)
+		db := pgtest.NewEmptyDB(t)
+		db.MustExec(t, pythonTable)
 		ctx, stop := context.WithCancel(t.Context())
 		defer stop()
 		inserted := make(chan int, 1)
-		var waits []<-chan result[int]
+		var waits []<-chan pgtest.Result[int]
 		for worker := range 4 {
-			waits = append(waits, later(func() (int, error) {
+			waits = append(waits, pgtest.Later(func() (int, error) {
 				for i := 1; ; i++ {
 					if worker%2 == 0 {
 						if _, err := db.Exec(t.Context(), pythonInsert, 1+i%100, fmt.Sprintf("t%d.%d", worker, i), i); err != nil {
@@ -347,25 +348,25 @@ func TestAdoption(t *testing.T) {
 		stop()
 		total := 0
 		for worker, c := range waits {
-			n, err := await(t, c)
+			n, err := pgtest.Await(t, c)
 			require.NoError(t, err)
 			if worker%2 == 0 {
 				total += n
 			}
 		}
-		require.Equal(t, total, db.count(t))
+		require.Equal(t, total, db.Count(t))
 	})
 
 	t.Run("refuses_shared_keys_and_changes_nothing", func(t *testing.T) {
 		t.Parallel()
-		db := newEmptyDB(t)
-		db.exec(t, pythonTable)
+		db := pgtest.NewEmptyDB(t)
+		db.MustExec(t, pythonTable)
 		for range 2 {
-			db.exec(t, pythonInsert, 1, "reject", nil)
-			db.exec(t, pythonInsert, nil, "di'gest", nil)
-			db.exec(t, pythonInsert, nil, "reject", 42)
+			db.MustExec(t, pythonInsert, 1, "reject", nil)
+			db.MustExec(t, pythonInsert, nil, "di'gest", nil)
+			db.MustExec(t, pythonInsert, nil, "reject", 42)
 		}
-		db.exec(t, pythonInsert, 2, "reject", 42)
+		db.MustExec(t, pythonInsert, 2, "reject", 42)
 		before := describe(t, db)
 		err := outbox.Migrate(t.Context(), db.Pool)
 		require.ErrorContains(t, err, "rows share a key (3 keys)")
@@ -375,17 +376,17 @@ func TestAdoption(t *testing.T) {
 		require.NotContains(t, err.Error(), "booking_id 2")
 		require.ErrorContains(t, err, "Keep one row of each key")
 		require.Equal(t, before, describe(t, db))
-		require.Equal(t, 7, db.count(t))
+		require.Equal(t, 7, db.Count(t))
 
-		db.exec(t, "DELETE FROM outbox_notifications WHERE id > 3")
+		db.MustExec(t, "DELETE FROM outbox_notifications WHERE id > 3")
 		require.NoError(t, outbox.Migrate(t.Context(), db.Pool))
 	})
 
 	t.Run("lists_at_most_a_hundred_shared_keys", func(t *testing.T) {
 		t.Parallel()
-		db := newEmptyDB(t)
-		db.exec(t, pythonTable)
-		db.exec(t, `INSERT INTO outbox_notifications (type, payload_json, recruiter_tg_id, created_at)
+		db := pgtest.NewEmptyDB(t)
+		db.MustExec(t, pythonTable)
+		db.MustExec(t, `INSERT INTO outbox_notifications (type, payload_json, recruiter_tg_id, created_at)
 			SELECT 't' || i % 150, '{}', 1, now() FROM generate_series(0, 4499) i`)
 		err := outbox.Migrate(t.Context(), db.Pool)
 		require.ErrorContains(t, err, "(150 keys)")
@@ -396,8 +397,8 @@ func TestAdoption(t *testing.T) {
 
 	t.Run("lists_columns_that_cannot_serve", func(t *testing.T) {
 		t.Parallel()
-		db := newEmptyDB(t)
-		db.exec(t, `CREATE TABLE outbox_notifications (id uuid PRIMARY KEY, booking_id text, type varchar(20), payload_json jsonb,
+		db := pgtest.NewEmptyDB(t)
+		db.MustExec(t, `CREATE TABLE outbox_notifications (id uuid PRIMARY KEY, booking_id text, type varchar(20), payload_json jsonb,
 			candidate_tg_id integer, recruiter_tg_id bigint, status varchar(20), attempts integer, created_at timestamp,
 			locked_at timestamptz, next_retry_at timestamptz, correlation_id varchar(64), receipt integer, tenant_id integer NOT NULL)`)
 		before := describe(t, db)
@@ -412,18 +413,18 @@ func TestAdoption(t *testing.T) {
 		}
 		require.Equal(t, before, describe(t, db))
 
-		db.exec(t, "DROP TABLE outbox_notifications; CREATE VIEW outbox_notifications AS SELECT 1 AS id")
+		db.MustExec(t, "DROP TABLE outbox_notifications; CREATE VIEW outbox_notifications AS SELECT 1 AS id")
 		require.ErrorContains(t, outbox.Migrate(t.Context(), db.Pool), "not an ordinary table")
 	})
 
 	t.Run("refuses_rows_without_a_type_or_a_status", func(t *testing.T) {
 		t.Parallel()
-		db := newEmptyDB(t)
-		db.exec(t, pythonTable+`; ALTER TABLE outbox_notifications ALTER status DROP NOT NULL`)
-		db.exec(t, pythonInsert, 1, "reject", nil)
-		db.exec(t, "UPDATE outbox_notifications SET status = NULL")
+		db := pgtest.NewEmptyDB(t)
+		db.MustExec(t, pythonTable+`; ALTER TABLE outbox_notifications ALTER status DROP NOT NULL`)
+		db.MustExec(t, pythonInsert, 1, "reject", nil)
+		db.MustExec(t, "UPDATE outbox_notifications SET status = NULL")
 		require.ErrorContains(t, outbox.Migrate(t.Context(), db.Pool), "1 rows have no type or no status")
-		db.exec(t, prebuiltIndex)
+		db.MustExec(t, prebuiltIndex)
 		require.ErrorContains(t, outbox.Migrate(t.Context(), db.Pool), "1 rows have no type or no status")
 	})
 
@@ -444,9 +445,9 @@ func TestAdoption(t *testing.T) {
 	} {
 		t.Run("refuses_"+name, func(t *testing.T) {
 			t.Parallel()
-			db := newEmptyDB(t)
-			db.exec(t, pythonTable)
-			db.exec(t, c.sql)
+			db := pgtest.NewEmptyDB(t)
+			db.MustExec(t, pythonTable)
+			db.MustExec(t, c.sql)
 			before := describe(t, db)
 			require.ErrorContains(t, outbox.Migrate(t.Context(), db.Pool), c.complaint)
 			require.Equal(t, before, describe(t, db))
@@ -468,73 +469,73 @@ func TestAdoption(t *testing.T) {
 	} {
 		t.Run("replaces_a_constraint_"+name, func(t *testing.T) {
 			t.Parallel()
-			db := newEmptyDB(t)
-			db.exec(t, pythonTable)
-			db.exec(t, sql)
+			db := pgtest.NewEmptyDB(t)
+			db.MustExec(t, pythonTable)
+			db.MustExec(t, sql)
 			require.NoError(t, outbox.Migrate(t.Context(), db.Pool))
-			require.Equal(t, 1, one[int](t, db, `SELECT count(*) FROM pg_index WHERE indrelid = 'outbox_notifications'::regclass
+			require.Equal(t, 1, pgtest.One[int](t, db, `SELECT count(*) FROM pg_index WHERE indrelid = 'outbox_notifications'::regclass
 				AND indisunique AND NOT indisprimary AND indnullsnotdistinct AND indimmediate AND indisvalid`), describe(t, db))
-			require.Equal(t, 2, one[int](t, db, `SELECT count(*) FROM pg_index WHERE indrelid = 'outbox_notifications'::regclass AND indisunique`), describe(t, db))
+			require.Equal(t, 2, pgtest.One[int](t, db, `SELECT count(*) FROM pg_index WHERE indrelid = 'outbox_notifications'::regclass AND indisunique`), describe(t, db))
 			for _, want := range []outbox.Outcome{outbox.OutcomeCreated, outbox.OutcomeRefreshed} {
-				require.Equal(t, want, db.add(t, outbox.NewNotification{Type: "reject", BookingID: 1}).Outcome)
-				require.Equal(t, want, db.addMany(t, outbox.NewNotification{Type: "batch", BookingID: 1})[0].Outcome)
+				require.Equal(t, want, db.Add(t, outbox.NewNotification{Type: "reject", BookingID: 1}).Outcome)
+				require.Equal(t, want, db.AddMany(t, outbox.NewNotification{Type: "batch", BookingID: 1})[0].Outcome)
 			}
 		})
 	}
 
 	t.Run("uses_an_index_built_beforehand", func(t *testing.T) {
 		t.Parallel()
-		db := newEmptyDB(t)
-		db.exec(t, pythonTable)
-		db.exec(t, prebuiltIndex)
-		filenode := one[uint32](t, db, "SELECT relfilenode FROM pg_class WHERE relname = 'outbox_notifications_key'")
+		db := pgtest.NewEmptyDB(t)
+		db.MustExec(t, pythonTable)
+		db.MustExec(t, prebuiltIndex)
+		filenode := pgtest.One[uint32](t, db, "SELECT relfilenode FROM pg_class WHERE relname = 'outbox_notifications_key'")
 		require.NoError(t, outbox.Migrate(t.Context(), db.Pool))
-		require.Equal(t, filenode, one[uint32](t, db, "SELECT relfilenode FROM pg_class WHERE relname = 'uq_outbox_type_booking_candidate'"))
+		require.Equal(t, filenode, pgtest.One[uint32](t, db, "SELECT relfilenode FROM pg_class WHERE relname = 'uq_outbox_type_booking_candidate'"))
 	})
 
 	t.Run("replaces_an_index_that_failed_to_build", func(t *testing.T) {
 		t.Parallel()
-		db := newEmptyDB(t)
-		db.exec(t, pythonTable)
-		db.exec(t, pythonInsert, 1, "reject", nil)
-		db.exec(t, pythonInsert, 1, "reject", nil)
+		db := pgtest.NewEmptyDB(t)
+		db.MustExec(t, pythonTable)
+		db.MustExec(t, pythonInsert, 1, "reject", nil)
+		db.MustExec(t, pythonInsert, 1, "reject", nil)
 		_, err := db.Exec(t.Context(), prebuiltIndex)
 		require.Equal(t, "23505", sqlState(t, err))
-		db.exec(t, "DELETE FROM outbox_notifications WHERE id = 2")
+		db.MustExec(t, "DELETE FROM outbox_notifications WHERE id = 2")
 		require.NoError(t, outbox.Migrate(t.Context(), db.Pool))
-		require.Equal(t, outbox.OutcomeRefreshed, db.add(t, outbox.NewNotification{Type: "reject", BookingID: 1}).Outcome)
+		require.Equal(t, outbox.OutcomeRefreshed, db.Add(t, outbox.NewNotification{Type: "reject", BookingID: 1}).Outcome)
 	})
 
 	t.Run("leaves_a_constraint_that_a_foreign_key_needs", func(t *testing.T) {
 		t.Parallel()
-		db := newEmptyDB(t)
-		db.exec(t, pythonTable)
-		db.exec(t, `CREATE TABLE receipts (type varchar(50), booking_id integer, candidate_tg_id bigint,
+		db := pgtest.NewEmptyDB(t)
+		db.MustExec(t, pythonTable)
+		db.MustExec(t, `CREATE TABLE receipts (type varchar(50), booking_id integer, candidate_tg_id bigint,
 			FOREIGN KEY (type, booking_id, candidate_tg_id) REFERENCES outbox_notifications (type, booking_id, candidate_tg_id))`)
 		require.NoError(t, outbox.Migrate(t.Context(), db.Pool))
 		require.Contains(t, describe(t, db), "uq_outbox_type_booking_candidate UNIQUE (type, booking_id, candidate_tg_id)")
 		for range 3 {
-			db.add(t, outbox.NewNotification{Type: "reject", BookingID: 1})
-			db.add(t, outbox.NewNotification{Type: "reject", BookingID: 1, CandidateTgID: 2})
+			db.Add(t, outbox.NewNotification{Type: "reject", BookingID: 1})
+			db.Add(t, outbox.NewNotification{Type: "reject", BookingID: 1, CandidateTgID: 2})
 		}
-		require.Equal(t, 2, db.count(t))
+		require.Equal(t, 2, db.Count(t))
 	})
 
 	t.Run("refuses_a_booking_id_that_an_integer_column_cannot_hold", func(t *testing.T) {
 		t.Parallel()
-		db := newEmptyDB(t)
-		db.exec(t, pythonTable)
+		db := pgtest.NewEmptyDB(t)
+		db.MustExec(t, pythonTable)
 		require.NoError(t, outbox.Migrate(t.Context(), db.Pool))
-		tx := db.begin(t)
+		tx := db.MustBegin(t)
 		for _, id := range []int64{1 << 31, -1<<31 - 1} {
-			_, err := db.store.AddNotification(t.Context(), tx, outbox.NewNotification{Type: "a", BookingID: id})
+			_, err := db.Store.AddNotification(t.Context(), tx, outbox.NewNotification{Type: "a", BookingID: id})
 			requireInvalid(t, err, "BookingID", -1, "wide id")
-			_, err = db.store.AddNotifications(t.Context(), tx, []outbox.NewNotification{{Type: "a"}, {Type: "a", BookingID: id}})
+			_, err = db.Store.AddNotifications(t.Context(), tx, []outbox.NewNotification{{Type: "a"}, {Type: "a", BookingID: id}})
 			requireInvalid(t, err, "BookingID", 1, "wide id")
-			_, err = db.store.Get(t.Context(), outbox.Key{Type: "a", BookingID: id})
+			_, err = db.Store.Get(t.Context(), outbox.Key{Type: "a", BookingID: id})
 			require.ErrorIs(t, err, outbox.ErrNotFound)
 		}
-		_, err := db.store.AddNotification(t.Context(), tx, outbox.NewNotification{Type: "a"})
+		_, err := db.Store.AddNotification(t.Context(), tx, outbox.NewNotification{Type: "a"})
 		require.NoError(t, err)
 		require.NoError(t, tx.Commit(t.Context()))
 	})

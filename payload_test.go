@@ -9,6 +9,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/seed3357934d/outbox"
+	"github.com/seed3357934d/outbox/internal/pgtest"
 )
 
 // payloadSeeds are JSON documents and what comes close, by the rule they touch.
@@ -47,8 +48,8 @@ BEGIN PERFORM convert_from(doc, 'UTF8')::json; RETURN true; EXCEPTION WHEN other
 // may refuse more only where it says so: depth, and exponents of zero. It also
 // holds the guard before the cast of a stored payload against that cast.
 func FuzzPayload(f *testing.F) {
-	db := newDB(f)
-	db.exec(f, takesFunctions)
+	db := pgtest.NewDB(f)
+	db.MustExec(f, takesFunctions)
 	for _, seed := range payloadSeeds {
 		f.Add([]byte(seed))
 	}
@@ -61,7 +62,7 @@ func FuzzPayload(f *testing.F) {
 		if err != nil && takes && !strings.Contains(err.Error(), "nested deeper") && !strings.Contains(err.Error(), "out of jsonb's range") {
 			t.Fatalf("the check refuses what jsonb accepts: %q: %v", doc, err)
 		}
-		if !takes && jsonbTakes(t, db.Pool, doc, "json") && !one[bool](t, db,
+		if !takes && jsonbTakes(t, db.Pool, doc, "json") && !pgtest.One[bool](t, db,
 			"SELECT "+outbox.MaybeNotJSONBSQL+" FROM (SELECT convert_from($1::bytea, 'UTF8')::json) AS stored (payload_json)", doc) {
 			t.Fatalf("the guard lets through what jsonb refuses: %q", doc)
 		}

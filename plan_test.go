@@ -10,6 +10,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/seed3357934d/outbox"
+	"github.com/seed3357934d/outbox/internal/pgtest"
 )
 
 // planNode is what EXPLAIN (FORMAT JSON) says of a node, as far as asked here.
@@ -39,19 +40,19 @@ func (n planNode) scans() []planNode {
 // or on the id.
 func TestPlan(t *testing.T) {
 	t.Parallel()
-	db := newDB(t)
+	db := pgtest.NewDB(t)
 	// Half have no booking, nearly half no candidate, and most are of one type: the
 	// planner takes the columns to be independent and expects some 200,000 rows
 	// where both are NULL. Nearly all are sent.
-	db.exec(t, `INSERT INTO outbox_notifications (type, booking_id, candidate_tg_id, status)
+	db.MustExec(t, `INSERT INTO outbox_notifications (type, booking_id, candidate_tg_id, status)
 		SELECT CASE WHEN i % 10 = 0 THEN 'type2' ELSE 'type1' END, CASE WHEN i % 2 = 1 THEN i END,
 			CASE WHEN i % 2 = 0 OR i % 100 = 11 THEN i + 1000000000 END, CASE WHEN i % 100 = 0 THEN 'pending' ELSE 'sent' END
 		FROM generate_series(1, 1000000) i`)
-	db.exec(t, "VACUUM ANALYZE outbox_notifications")
+	db.MustExec(t, "VACUUM ANALYZE outbox_notifications")
 
 	explain := func(t *testing.T, tx pgx.Tx, sql string) planNode {
 		var doc []struct{ Plan planNode }
-		require.NoError(t, json.Unmarshal(one[json.RawMessage](t, tx, "EXPLAIN (FORMAT JSON) "+sql), &doc))
+		require.NoError(t, json.Unmarshal(pgtest.One[json.RawMessage](t, tx, "EXPLAIN (FORMAT JSON) "+sql), &doc))
 		return doc[0].Plan
 	}
 	requireIndexes := func(t *testing.T, plan planNode, key outbox.Key) {
@@ -82,7 +83,7 @@ func TestPlan(t *testing.T) {
 		{Type: "type1", CandidateTgID: 1000000008}, {Type: "type1"}} {
 		for _, mode := range []string{"force_custom_plan", "force_generic_plan"} {
 			t.Run(fmt.Sprintf("%s/%s", strings.ReplaceAll(key.String(), `"`, ""), mode), func(t *testing.T) {
-				tx := db.begin(t)
+				tx := db.MustBegin(t)
 				_, err := tx.Exec(t.Context(), "SET LOCAL plan_cache_mode = "+mode)
 				require.NoError(t, err)
 				booking, candidate := "NULL", "NULL"
@@ -92,19 +93,19 @@ func TestPlan(t *testing.T) {
 				if key.CandidateTgID != 0 {
 					candidate = fmt.Sprint(key.CandidateTgID)
 				}
-				_, err = tx.Exec(t.Context(), "PREPARE add AS "+db.store.AddSQL(key))
+				_, err = tx.Exec(t.Context(), "PREPARE add AS "+db.Store.AddSQL(key))
 				require.NoError(t, err)
 				requireIndexes(t, explain(t, tx, fmt.Sprintf("EXECUTE add ('%s', %s, %s, NULL, '{\"a\": 1}', NULL, NULL, NULL)",
 					key.Type, booking, candidate)), key)
 
 				array := func(v string) string { return "array_fill(" + v + ", ARRAY[1000])" }
-				_, err = tx.Exec(t.Context(), "PREPARE insert_many AS "+db.store.InsertManySQL(key))
+				_, err = tx.Exec(t.Context(), "PREPARE insert_many AS "+db.Store.InsertManySQL(key))
 				require.NoError(t, err)
 				columns := strings.Join([]string{array("'" + key.Type + "'::text"), array(booking + "::bigint"), array(candidate + "::bigint"),
 					array("NULL::bigint"), array("'1'::text"), array("NULL::text"), array("NULL::timestamptz"), array("NULL::timestamptz")}, ", ")
 				requireIndexes(t, explain(t, tx, "EXECUTE insert_many ("+columns+", "+array("1::bigint")+")"), key)
 
-				_, err = tx.Exec(t.Context(), "PREPARE refresh_many AS "+db.store.RefreshManySQL(key))
+				_, err = tx.Exec(t.Context(), "PREPARE refresh_many AS "+db.Store.RefreshManySQL(key))
 				require.NoError(t, err)
 				requireIndexes(t, explain(t, tx, "EXECUTE refresh_many ("+columns+", "+strings.Join([]string{array("NULL::bigint"),
 					array("'1'::text"), array("true"), array("0::bigint")}, ", ")+")"), key)

@@ -7,13 +7,13 @@ import (
 	"fmt"
 	"sync"
 	"testing"
-	"time"
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/stretchr/testify/require"
 
 	"github.com/seed3357934d/outbox"
+	"github.com/seed3357934d/outbox/internal/pgtest"
 )
 
 // sqlState returns the code of the PgError that err must have in it.
@@ -25,9 +25,9 @@ func sqlState(t testing.TB, err error) string {
 }
 
 // laterAdd adds in tx on another goroutine.
-func (db *testDB) laterAdd(t testing.TB, tx pgx.Tx, n outbox.NewNotification) <-chan result[outbox.AddResult] {
+func laterAdd(t testing.TB, db *pgtest.DB, tx pgx.Tx, n outbox.NewNotification) <-chan pgtest.Result[outbox.AddResult] {
 	ctx := t.Context()
-	return later(func() (outbox.AddResult, error) { return db.store.AddNotification(ctx, tx, n) })
+	return pgtest.Later(func() (outbox.AddResult, error) { return db.Store.AddNotification(ctx, tx, n) })
 }
 
 func TestRivals(t *testing.T) {
@@ -35,35 +35,35 @@ func TestRivals(t *testing.T) {
 
 	t.Run("that_commits_leaves_its_row_to_be_refreshed", func(t *testing.T) {
 		t.Parallel()
-		db := newDB(t)
-		rival, mine := db.begin(t), db.begin(t)
-		theirs, err := db.store.AddNotification(t.Context(), rival, rejected)
+		db := pgtest.NewDB(t)
+		rival, mine := db.MustBegin(t), db.MustBegin(t)
+		theirs, err := db.Store.AddNotification(t.Context(), rival, rejected)
 		require.NoError(t, err)
 		changed := rejected
 		changed.Payload = "mine"
-		c := db.laterAdd(t, mine, changed)
-		db.waitBlocked(t, 1)
+		c := laterAdd(t, db, mine, changed)
+		db.WaitBlocked(t, 1)
 		require.NoError(t, rival.Commit(t.Context()))
-		res, err := await(t, c)
+		res, err := pgtest.Await(t, c)
 		require.NoError(t, err)
 		require.Equal(t, outbox.OutcomeRefreshed, res.Outcome)
 		require.Equal(t, theirs.Notification.ID, res.Notification.ID)
 		require.EqualValues(t, 2, res.Notification.Version)
 		require.NoError(t, mine.Commit(t.Context()))
-		require.JSONEq(t, `"mine"`, string(db.get(t, rejected.Key()).Payload))
-		require.Equal(t, 1, db.count(t))
+		require.JSONEq(t, `"mine"`, string(db.Get(t, rejected.Key()).Payload))
+		require.Equal(t, 1, db.Count(t))
 	})
 
 	t.Run("that_commits_a_settled_row_leaves_it_existing", func(t *testing.T) {
 		t.Parallel()
-		db := newDB(t)
-		rival, mine := db.begin(t), db.begin(t)
+		db := pgtest.NewDB(t)
+		rival, mine := db.MustBegin(t), db.MustBegin(t)
 		_, err := rival.Exec(t.Context(), "INSERT INTO outbox_notifications (type, booking_id, candidate_tg_id, status) VALUES ('reject', 7, 42, 'sent')")
 		require.NoError(t, err)
-		c := db.laterAdd(t, mine, rejected)
-		db.waitBlocked(t, 1)
+		c := laterAdd(t, db, mine, rejected)
+		db.WaitBlocked(t, 1)
 		require.NoError(t, rival.Commit(t.Context()))
-		res, err := await(t, c)
+		res, err := pgtest.Await(t, c)
 		require.NoError(t, err)
 		require.Equal(t, outbox.OutcomeExisting, res.Outcome)
 		require.NoError(t, mine.Commit(t.Context()))
@@ -71,49 +71,49 @@ func TestRivals(t *testing.T) {
 
 	t.Run("that_rolls_back_leaves_the_key_to_us", func(t *testing.T) {
 		t.Parallel()
-		db := newDB(t)
-		rival, mine := db.begin(t), db.begin(t)
-		_, err := db.store.AddNotification(t.Context(), rival, rejected)
+		db := pgtest.NewDB(t)
+		rival, mine := db.MustBegin(t), db.MustBegin(t)
+		_, err := db.Store.AddNotification(t.Context(), rival, rejected)
 		require.NoError(t, err)
-		c := db.laterAdd(t, mine, rejected)
-		db.waitBlocked(t, 1)
+		c := laterAdd(t, db, mine, rejected)
+		db.WaitBlocked(t, 1)
 		require.NoError(t, rival.Rollback(t.Context()))
-		res, err := await(t, c)
+		res, err := pgtest.Await(t, c)
 		require.NoError(t, err)
 		require.Equal(t, outbox.OutcomeCreated, res.Outcome)
 		require.NoError(t, mine.Commit(t.Context()))
-		require.Equal(t, 1, db.count(t))
+		require.Equal(t, 1, db.Count(t))
 	})
 
 	t.Run("that_dies_leaves_the_key_to_us", func(t *testing.T) {
 		t.Parallel()
-		db := newDB(t)
-		rival, mine := db.begin(t), db.begin(t)
-		_, err := db.store.AddNotification(t.Context(), rival, rejected)
+		db := pgtest.NewDB(t)
+		rival, mine := db.MustBegin(t), db.MustBegin(t)
+		_, err := db.Store.AddNotification(t.Context(), rival, rejected)
 		require.NoError(t, err)
-		c := db.laterAdd(t, mine, rejected)
-		db.waitBlocked(t, 1)
-		require.True(t, one[bool](t, db, "SELECT pg_terminate_backend($1::int)", rival.Conn().PgConn().PID()))
-		res, err := await(t, c)
+		c := laterAdd(t, db, mine, rejected)
+		db.WaitBlocked(t, 1)
+		require.True(t, pgtest.One[bool](t, db, "SELECT pg_terminate_backend($1::int)", rival.Conn().PgConn().PID()))
+		res, err := pgtest.Await(t, c)
 		require.NoError(t, err)
 		require.Equal(t, outbox.OutcomeCreated, res.Outcome)
 		require.NoError(t, mine.Commit(t.Context()))
-		require.Equal(t, 1, db.count(t))
+		require.Equal(t, 1, db.Count(t))
 	})
 
 	t.Run("that_settles_the_row_is_waited_for", func(t *testing.T) {
 		t.Parallel()
-		db := newDB(t)
-		db.add(t, rejected)
-		rival, mine := db.begin(t), db.begin(t)
+		db := pgtest.NewDB(t)
+		db.Add(t, rejected)
+		rival, mine := db.MustBegin(t), db.MustBegin(t)
 		_, err := rival.Exec(t.Context(), "UPDATE outbox_notifications SET status = 'sent', receipt = 'tg:1', sent_version = 1")
 		require.NoError(t, err)
 		changed := rejected
 		changed.Payload = "too late"
-		c := db.laterAdd(t, mine, changed)
-		db.waitBlocked(t, 1)
+		c := laterAdd(t, db, mine, changed)
+		db.WaitBlocked(t, 1)
 		require.NoError(t, rival.Commit(t.Context()))
-		res, err := await(t, c)
+		res, err := pgtest.Await(t, c)
 		require.NoError(t, err)
 		require.Equal(t, outbox.OutcomeExisting, res.Outcome)
 		require.Equal(t, "tg:1", res.Notification.Receipt)
@@ -122,17 +122,17 @@ func TestRivals(t *testing.T) {
 
 	t.Run("that_refreshes_the_row_is_waited_for_and_built_upon", func(t *testing.T) {
 		t.Parallel()
-		db := newDB(t)
-		db.add(t, rejected)
-		rival, mine := db.begin(t), db.begin(t)
+		db := pgtest.NewDB(t)
+		db.Add(t, rejected)
+		rival, mine := db.MustBegin(t), db.MustBegin(t)
 		first, second := rejected, outbox.NewNotification{Type: "reject", BookingID: 7, CandidateTgID: 42, RecruiterTgID: 5}
 		first.Payload = "first"
-		_, err := db.store.AddNotification(t.Context(), rival, first)
+		_, err := db.Store.AddNotification(t.Context(), rival, first)
 		require.NoError(t, err)
-		c := db.laterAdd(t, mine, second)
-		db.waitBlocked(t, 1)
+		c := laterAdd(t, db, mine, second)
+		db.WaitBlocked(t, 1)
 		require.NoError(t, rival.Commit(t.Context()))
-		res, err := await(t, c)
+		res, err := pgtest.Await(t, c)
 		require.NoError(t, err)
 		require.EqualValues(t, 3, res.Notification.Version)
 		require.JSONEq(t, `"first"`, string(res.Notification.Payload))
@@ -142,40 +142,40 @@ func TestRivals(t *testing.T) {
 	t.Run("is_kept_waiting_by_a_settled_row_that_was_returned", func(t *testing.T) {
 		// What the caller was told holds until it commits: FOR UPDATE whatever the status.
 		t.Parallel()
-		db := newDB(t)
-		db.add(t, rejected)
-		db.exec(t, "UPDATE outbox_notifications SET status = 'sent'")
+		db := pgtest.NewDB(t)
+		db.Add(t, rejected)
+		db.MustExec(t, "UPDATE outbox_notifications SET status = 'sent'")
 		for _, add := range []func(pgx.Tx) error{
-			func(tx pgx.Tx) error { _, err := db.store.AddNotification(t.Context(), tx, rejected); return err },
+			func(tx pgx.Tx) error { _, err := db.Store.AddNotification(t.Context(), tx, rejected); return err },
 			func(tx pgx.Tx) error {
-				_, err := db.store.AddNotifications(t.Context(), tx, []outbox.NewNotification{rejected})
+				_, err := db.Store.AddNotifications(t.Context(), tx, []outbox.NewNotification{rejected})
 				return err
 			},
 		} {
-			mine := db.begin(t)
+			mine := db.MustBegin(t)
 			require.NoError(t, add(mine))
 			ctx := t.Context()
-			c := later(func() (pgconn.CommandTag, error) {
+			c := pgtest.Later(func() (pgconn.CommandTag, error) {
 				return db.Exec(ctx, "UPDATE outbox_notifications SET status = 'sent'")
 			})
-			db.waitBlocked(t, 1)
+			db.WaitBlocked(t, 1)
 			require.NoError(t, mine.Commit(t.Context()))
-			_, err := await(t, c)
+			_, err := pgtest.Await(t, c)
 			require.NoError(t, err)
 		}
 	})
 
 	t.Run("that_purges_the_row_leaves_the_key_to_us", func(t *testing.T) {
 		t.Parallel()
-		db := newDB(t)
-		old := db.add(t, rejected).Notification.ID
-		rival, mine := db.begin(t), db.begin(t)
+		db := pgtest.NewDB(t)
+		old := db.Add(t, rejected).Notification.ID
+		rival, mine := db.MustBegin(t), db.MustBegin(t)
 		_, err := rival.Exec(t.Context(), "DELETE FROM outbox_notifications")
 		require.NoError(t, err)
-		c := db.laterAdd(t, mine, rejected)
-		db.waitBlocked(t, 1)
+		c := laterAdd(t, db, mine, rejected)
+		db.WaitBlocked(t, 1)
 		require.NoError(t, rival.Commit(t.Context()))
-		res, err := await(t, c)
+		res, err := pgtest.Await(t, c)
 		require.NoError(t, err)
 		require.Equal(t, outbox.OutcomeCreated, res.Outcome)
 		require.NotEqual(t, old, res.Notification.ID)
@@ -186,39 +186,39 @@ func TestRivals(t *testing.T) {
 		// Our first statement waits for the rival's insert and does nothing; before
 		// our second one the row is gone again.
 		t.Parallel()
-		db := newDB(t)
+		db := pgtest.NewDB(t)
 		gate := newGatedDB(t, db)
-		rival := db.begin(t)
-		_, err := db.store.AddNotification(t.Context(), rival, rejected)
+		rival := db.MustBegin(t)
+		_, err := db.Store.AddNotification(t.Context(), rival, rejected)
 		require.NoError(t, err)
-		mine := begin(t, gate.pool, pgx.TxOptions{})
+		mine := pgtest.Begin(t, gate.pool, pgx.TxOptions{})
 		gate.before(2, func() {
 			_, err := db.Exec(context.Background(), "DELETE FROM outbox_notifications")
 			require.NoError(t, err)
 		})
-		c := db.laterAdd(t, mine, rejected)
-		db.waitBlocked(t, 1)
+		c := laterAdd(t, db, mine, rejected)
+		db.WaitBlocked(t, 1)
 		require.NoError(t, rival.Commit(t.Context()))
-		res, err := await(t, c)
+		res, err := pgtest.Await(t, c)
 		require.NoError(t, err)
 		require.Equal(t, outbox.OutcomeCreated, res.Outcome)
 		require.NoError(t, mine.Commit(t.Context()))
-		require.Equal(t, 1, db.count(t))
+		require.Equal(t, 1, db.Count(t))
 	})
 
 	t.Run("that_purges_and_creates_anew_is_refreshed", func(t *testing.T) {
 		t.Parallel()
-		db := newDB(t)
-		db.add(t, rejected)
-		rival, mine := db.begin(t), db.begin(t)
+		db := pgtest.NewDB(t)
+		db.Add(t, rejected)
+		rival, mine := db.MustBegin(t), db.MustBegin(t)
 		_, err := rival.Exec(t.Context(), "DELETE FROM outbox_notifications")
 		require.NoError(t, err)
-		theirs, err := db.store.AddNotification(t.Context(), rival, rejected)
+		theirs, err := db.Store.AddNotification(t.Context(), rival, rejected)
 		require.NoError(t, err)
-		c := db.laterAdd(t, mine, rejected)
-		db.waitBlocked(t, 1)
+		c := laterAdd(t, db, mine, rejected)
+		db.WaitBlocked(t, 1)
 		require.NoError(t, rival.Commit(t.Context()))
-		res, err := await(t, c)
+		res, err := pgtest.Await(t, c)
 		require.NoError(t, err)
 		require.Equal(t, outbox.OutcomeRefreshed, res.Outcome)
 		require.Equal(t, theirs.Notification.ID, res.Notification.ID)
@@ -227,7 +227,7 @@ func TestRivals(t *testing.T) {
 	for _, rivals := range []int{2, 32} {
 		t.Run(fmt.Sprintf("%d_on_the_same_new_keys_end_in_one_row_each", rivals), func(t *testing.T) {
 			t.Parallel()
-			db := newDB(t)
+			db := pgtest.NewDB(t)
 			const keys = 20
 			created := make([]int, keys)
 			var mu sync.Mutex
@@ -243,14 +243,14 @@ func TestRivals(t *testing.T) {
 						var err error
 						if r%4 == 3 {
 							err = pgx.BeginFunc(t.Context(), db.Pool, func(tx pgx.Tx) error {
-								many, err := db.store.AddNotifications(t.Context(), tx, []outbox.NewNotification{n})
+								many, err := db.Store.AddNotifications(t.Context(), tx, []outbox.NewNotification{n})
 								if err == nil {
 									res = many[0]
 								}
 								return err
 							})
 						} else {
-							res, err = db.tryAdd(t.Context(), n)
+							res, err = db.TryAdd(t.Context(), n)
 						}
 						if err != nil {
 							t.Errorf("key %d, rival %d: %v", key, r, err)
@@ -268,7 +268,7 @@ func TestRivals(t *testing.T) {
 			for key, n := range created {
 				require.Equal(t, 1, n, "key %d", key)
 			}
-			require.Equal(t, keys, db.count(t))
+			require.Equal(t, keys, db.Count(t))
 		})
 	}
 }
@@ -276,17 +276,17 @@ func TestRivals(t *testing.T) {
 // TestIsolation is the table that the README publishes.
 func TestIsolation(t *testing.T) {
 	t.Parallel()
-	type step func(t *testing.T, db *testDB, rival pgx.Tx)
+	type step func(t *testing.T, db *pgtest.DB, rival pgx.Tx)
 	add := func(payload any) step {
-		return func(t *testing.T, db *testDB, rival pgx.Tx) {
+		return func(t *testing.T, db *pgtest.DB, rival pgx.Tx) {
 			n := rejected
 			n.Payload = payload
-			_, err := db.store.AddNotification(t.Context(), rival, n)
+			_, err := db.Store.AddNotification(t.Context(), rival, n)
 			require.NoError(t, err)
 		}
 	}
 	exec := func(sql string) step {
-		return func(t *testing.T, _ *testDB, rival pgx.Tx) {
+		return func(t *testing.T, _ *pgtest.DB, rival pgx.Tx) {
 			_, err := rival.Exec(t.Context(), sql)
 			require.NoError(t, err)
 		}
@@ -324,37 +324,37 @@ func TestIsolation(t *testing.T) {
 				for _, batch := range []bool{false, true} {
 					t.Run(fmt.Sprintf("%s/%s/%s/batch=%v", c.name, level, when, batch), func(t *testing.T) {
 						t.Parallel()
-						db := newDB(t)
+						db := pgtest.NewDB(t)
 						mineN := rejected
 						mineN.Payload = "mine"
 						if c.there {
-							db.add(t, mineN)
+							db.Add(t, mineN)
 						}
-						mine := begin(t, db.Pool, pgx.TxOptions{IsoLevel: level})
-						one[int](t, mine, "SELECT count(*) FROM outbox_notifications") // takes the snapshot
-						rival := db.begin(t)
+						mine := pgtest.Begin(t, db.Pool, pgx.TxOptions{IsoLevel: level})
+						pgtest.One[int](t, mine, "SELECT count(*) FROM outbox_notifications") // takes the snapshot
+						rival := db.MustBegin(t)
 						c.rival(t, db, rival)
 						ctx := t.Context()
 						work := func() (outbox.AddResult, error) {
 							if !batch {
-								return db.store.AddNotification(ctx, mine, mineN)
+								return db.Store.AddNotification(ctx, mine, mineN)
 							}
-							res, err := db.store.AddNotifications(ctx, mine, []outbox.NewNotification{mineN})
+							res, err := db.Store.AddNotifications(ctx, mine, []outbox.NewNotification{mineN})
 							if err != nil {
 								return outbox.AddResult{}, err
 							}
 							return res[0], nil
 						}
-						var pending <-chan result[outbox.AddResult]
+						var pending <-chan pgtest.Result[outbox.AddResult]
 						if when == "during" {
-							pending = later(work)
-							db.waitBlocked(t, 1)
+							pending = pgtest.Later(work)
+							db.WaitBlocked(t, 1)
 							c.end(t, rival)
 						} else {
 							c.end(t, rival)
-							pending = later(work)
+							pending = pgtest.Later(work)
 						}
-						res, err := await(t, pending)
+						res, err := pgtest.Await(t, pending)
 						if want == retry {
 							require.Equal(t, retry, sqlState(t, err))
 							require.True(t, outbox.IsRetryable(err))
@@ -363,8 +363,8 @@ func TestIsolation(t *testing.T) {
 						require.NoError(t, err)
 						require.Equal(t, want, string(res.Outcome))
 						commit(t, mine)
-						require.Equal(t, 1, db.count(t))
-						require.Equal(t, res.Notification, db.get(t, rejected.Key()))
+						require.Equal(t, 1, db.Count(t))
+						require.Equal(t, res.Notification, db.Get(t, rejected.Key()))
 					})
 				}
 			}
@@ -384,13 +384,13 @@ func TestWaiting(t *testing.T) {
 	} {
 		t.Run(name+"_ends_the_wait", func(t *testing.T) {
 			t.Parallel()
-			db := newDB(t)
-			rival, mine := db.begin(t), db.begin(t)
-			_, err := db.store.AddNotification(t.Context(), rival, rejected)
+			db := pgtest.NewDB(t)
+			rival, mine := db.MustBegin(t), db.MustBegin(t)
+			_, err := db.Store.AddNotification(t.Context(), rival, rejected)
 			require.NoError(t, err)
 			_, err = mine.Exec(t.Context(), c.setting)
 			require.NoError(t, err)
-			_, err = db.store.AddNotification(t.Context(), mine, rejected)
+			_, err = db.Store.AddNotification(t.Context(), mine, rejected)
 			require.Equal(t, c.code, sqlState(t, err))
 			require.ErrorContains(t, err, c.says)
 			require.ErrorContains(t, err, `"reject" booking 7 candidate 42`)
@@ -400,33 +400,33 @@ func TestWaiting(t *testing.T) {
 
 	t.Run("ends_with_the_context", func(t *testing.T) {
 		t.Parallel()
-		db := newDB(t)
-		rival, mine := db.begin(t), db.begin(t)
-		_, err := db.store.AddNotification(t.Context(), rival, rejected)
+		db := pgtest.NewDB(t)
+		rival, mine := db.MustBegin(t), db.MustBegin(t)
+		_, err := db.Store.AddNotification(t.Context(), rival, rejected)
 		require.NoError(t, err)
 		ctx, cancel := context.WithCancel(t.Context())
-		c := later(func() (outbox.AddResult, error) { return db.store.AddNotification(ctx, mine, rejected) })
-		db.waitBlocked(t, 1)
+		c := pgtest.Later(func() (outbox.AddResult, error) { return db.Store.AddNotification(ctx, mine, rejected) })
+		db.WaitBlocked(t, 1)
 		cancel()
-		_, err = await(t, c)
+		_, err = pgtest.Await(t, c)
 		require.ErrorIs(t, err, context.Canceled)
 		require.ErrorContains(t, err, "outbox: add notification")
 		require.NoError(t, rival.Commit(t.Context()))
-		require.Equal(t, 1, db.count(t))
+		require.Equal(t, 1, db.Count(t))
 	})
 
 	t.Run("in_a_circle_is_a_deadlock_that_can_be_retried", func(t *testing.T) {
 		t.Parallel()
-		db := newDB(t)
+		db := pgtest.NewDB(t)
 		a, b := outbox.NewNotification{Type: "a"}, outbox.NewNotification{Type: "b"}
-		one, two := db.begin(t), db.begin(t)
-		_, err := db.store.AddNotification(t.Context(), one, a)
+		one, two := db.MustBegin(t), db.MustBegin(t)
+		_, err := db.Store.AddNotification(t.Context(), one, a)
 		require.NoError(t, err)
-		_, err = db.store.AddNotification(t.Context(), two, b)
+		_, err = db.Store.AddNotification(t.Context(), two, b)
 		require.NoError(t, err)
-		c1, c2 := db.laterAdd(t, one, b), db.laterAdd(t, two, a)
-		_, err1 := await(t, c1)
-		_, err2 := await(t, c2)
+		c1, c2 := laterAdd(t, db, one, b), laterAdd(t, db, two, a)
+		_, err1 := pgtest.Await(t, c1)
+		_, err2 := pgtest.Await(t, c2)
 		require.True(t, (err1 == nil) != (err2 == nil), "one of two is the victim: %v; %v", err1, err2)
 		deadlock := cmp.Or(err1, err2)
 		require.Equal(t, "40P01", sqlState(t, deadlock))
@@ -436,10 +436,10 @@ func TestWaiting(t *testing.T) {
 
 func TestErrors(t *testing.T) {
 	t.Parallel()
-	add := func(t *testing.T, db *testDB, opts pgx.TxOptions) error {
-		_, err := db.store.AddNotification(t.Context(), begin(t, db.Pool, opts), rejected)
+	add := func(t *testing.T, db *pgtest.DB, opts pgx.TxOptions) error {
+		_, err := db.Store.AddNotification(t.Context(), pgtest.Begin(t, db.Pool, opts), rejected)
 		require.Error(t, err)
-		_, many := db.store.AddNotifications(t.Context(), begin(t, db.Pool, opts), []outbox.NewNotification{rejected})
+		_, many := db.Store.AddNotifications(t.Context(), pgtest.Begin(t, db.Pool, opts), []outbox.NewNotification{rejected})
 		require.Equal(t, sqlState(t, err), sqlState(t, many))
 		require.False(t, outbox.IsRetryable(err))
 		return err
@@ -447,69 +447,69 @@ func TestErrors(t *testing.T) {
 
 	t.Run("read-only_transaction", func(t *testing.T) {
 		t.Parallel()
-		err := add(t, newDB(t), pgx.TxOptions{AccessMode: pgx.ReadOnly})
+		err := add(t, pgtest.NewDB(t), pgx.TxOptions{AccessMode: pgx.ReadOnly})
 		require.Equal(t, "25006", sqlState(t, err))
 		require.ErrorContains(t, err, "the transaction is read-only")
 	})
 	t.Run("missing_table", func(t *testing.T) {
 		t.Parallel()
-		db := newEmptyDB(t)
+		db := pgtest.NewEmptyDB(t)
 		err := add(t, db, pgx.TxOptions{})
 		require.Equal(t, "42P01", sqlState(t, err))
 		require.ErrorContains(t, err, `there is no table "public"."outbox_notifications", run Migrate first`)
 		big := rejected
 		big.BookingID = 1 << 40
-		_, err = db.store.AddNotification(t.Context(), db.begin(t), big)
+		_, err = db.Store.AddNotification(t.Context(), db.MustBegin(t), big)
 		require.Equal(t, "42P01", sqlState(t, err))
-		_, err = db.store.Get(t.Context(), rejected.Key())
+		_, err = db.Store.Get(t.Context(), rejected.Key())
 		require.ErrorContains(t, err, "run Migrate first")
 	})
 	t.Run("table_not_migrated", func(t *testing.T) {
 		t.Parallel()
-		db := newEmptyDB(t)
-		db.exec(t, pythonTable)
+		db := pgtest.NewEmptyDB(t)
+		db.MustExec(t, pythonTable)
 		require.ErrorContains(t, add(t, db, pgx.TxOptions{}), "is not migrated, run Migrate first")
 	})
 	t.Run("no_privilege", func(t *testing.T) {
 		t.Parallel()
-		db := newDB(t)
-		role := "nobody_" + itoa(int(databases.Add(1))) + "_" + itoa(int(time.Now().UnixNano()))
-		db.exec(t, "CREATE ROLE "+role)
-		t.Cleanup(func() { require.NoError(t, onServer("DROP ROLE "+role)) })
-		tx := db.begin(t)
+		db := pgtest.NewDB(t)
+		role := pgtest.Name("nobody")
+		db.MustExec(t, "CREATE ROLE "+role)
+		t.Cleanup(func() { require.NoError(t, pgtest.OnServer("DROP ROLE "+role)) })
+		tx := db.MustBegin(t)
 		_, err := tx.Exec(t.Context(), "SET LOCAL ROLE "+role)
 		require.NoError(t, err)
-		_, err = db.store.AddNotification(t.Context(), tx, rejected)
+		_, err = db.Store.AddNotification(t.Context(), tx, rejected)
 		require.Equal(t, "42501", sqlState(t, err))
 		require.ErrorContains(t, err, "the database role may not do this")
 		require.NoError(t, tx.Rollback(t.Context()))
 	})
 	t.Run("aborted_transaction", func(t *testing.T) {
 		t.Parallel()
-		db := newDB(t)
-		tx := db.begin(t)
+		db := pgtest.NewDB(t)
+		tx := db.MustBegin(t)
 		_, err := tx.Exec(t.Context(), "SELECT 1/0")
 		require.Error(t, err)
-		_, err = db.store.AddNotification(t.Context(), tx, rejected)
+		_, err = db.Store.AddNotification(t.Context(), tx, rejected)
 		require.Equal(t, "25P02", sqlState(t, err))
 		require.ErrorContains(t, err, "an earlier error has aborted the transaction")
 	})
 	t.Run("ended_transaction", func(t *testing.T) {
 		t.Parallel()
-		db := newDB(t)
-		tx := db.begin(t)
+		db := pgtest.NewDB(t)
+		tx := db.MustBegin(t)
 		require.NoError(t, tx.Commit(t.Context()))
-		_, err := db.store.AddNotification(t.Context(), tx, rejected)
+		_, err := db.Store.AddNotification(t.Context(), tx, rejected)
 		require.ErrorIs(t, err, pgx.ErrTxClosed)
 	})
 	t.Run("lost_connection", func(t *testing.T) {
 		t.Parallel()
-		db := newDB(t)
-		tx := db.begin(t)
-		require.True(t, one[bool](t, db, "SELECT pg_terminate_backend($1::int)", tx.Conn().PgConn().PID()))
-		_, err := db.store.AddNotification(t.Context(), tx, rejected)
+		db := pgtest.NewDB(t)
+		tx := db.MustBegin(t)
+		require.True(t, pgtest.One[bool](t, db, "SELECT pg_terminate_backend($1::int)", tx.Conn().PgConn().PID()))
+		_, err := db.Store.AddNotification(t.Context(), tx, rejected)
 		require.Error(t, err)
 		require.False(t, errors.Is(err, outbox.ErrInvalid))
-		require.Zero(t, db.count(t))
+		require.Zero(t, db.Count(t))
 	})
 }

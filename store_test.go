@@ -16,6 +16,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/seed3357934d/outbox"
+	"github.com/seed3357934d/outbox/internal/pgtest"
 )
 
 // Mutations of the code that turn tests red:
@@ -52,8 +53,6 @@ import (
 //	booking ids not held against the column    TestAdoption/refuses_a_booking_id_that_an_integer_column...
 //	RunInTx without IsRetryable or a bound     TestRunInTx
 
-var discard = slog.New(slog.DiscardHandler)
-
 var rejected = outbox.NewNotification{
 	Type: "reject", BookingID: 7, CandidateTgID: 42, RecruiterTgID: 99,
 	Payload: map[string]any{"slot": "10:00"}, CorrelationID: "req-1",
@@ -64,12 +63,12 @@ func TestAddNotification(t *testing.T) {
 
 	t.Run("creates_a_pending_row", func(t *testing.T) {
 		t.Parallel()
-		db := newDB(t)
-		before := one[time.Time](t, db, "SELECT now()")
+		db := pgtest.NewDB(t)
+		before := pgtest.One[time.Time](t, db, "SELECT now()")
 		n := rejected
 		n.NotBefore = before.Add(time.Hour)
 		n.NotAfter = before.Add(2 * time.Hour)
-		res := db.add(t, n)
+		res := db.Add(t, n)
 		require.Equal(t, outbox.OutcomeCreated, res.Outcome)
 		require.False(t, res.InFlight)
 		got := res.Notification
@@ -82,36 +81,36 @@ func TestAddNotification(t *testing.T) {
 			Status: outbox.StatusPending, Version: 1,
 			NextRetryAt: n.NotBefore.UTC(), NotAfter: n.NotAfter.UTC(),
 		}, got)
-		require.Equal(t, got, db.get(t, n.Key()))
+		require.Equal(t, got, db.Get(t, n.Key()))
 		require.Equal(t, n.Key(), got.Key())
 	})
 
 	t.Run("stores_what_is_not_given_as_NULL", func(t *testing.T) {
 		t.Parallel()
-		db := newDB(t)
+		db := pgtest.NewDB(t)
 		for i, payload := range []any{nil, map[string]any{}, struct{}{}, json.RawMessage("null"), json.RawMessage(" { } "),
 			json.RawMessage(nil), (*json.RawMessage)(nil), map[string]any(nil), (*int)(nil)} {
 			n := outbox.NewNotification{Type: "digest" + itoa(i), Payload: payload}
-			res := db.add(t, n)
+			res := db.Add(t, n)
 			require.Equal(t, outbox.OutcomeCreated, res.Outcome)
 			require.Nil(t, res.Notification.Payload)
-			require.Equal(t, 7, one[int](t, db, `SELECT num_nulls(booking_id, candidate_tg_id, recruiter_tg_id, payload_json,
+			require.Equal(t, 7, pgtest.One[int](t, db, `SELECT num_nulls(booking_id, candidate_tg_id, recruiter_tg_id, payload_json,
 				correlation_id, next_retry_at, not_after) FROM outbox_notifications WHERE id = $1`, res.Notification.ID))
 		}
 	})
 
 	t.Run("stores_raw_JSON_as_it_is", func(t *testing.T) {
 		t.Parallel()
-		db := newDB(t)
+		db := pgtest.NewDB(t)
 		raw := json.RawMessage(`{ "b" : 1.50, "a":"<é>" , "a":2}`)
-		require.Equal(t, raw, db.add(t, outbox.NewNotification{Type: "raw", Payload: raw}).Notification.Payload)
-		require.Equal(t, raw, db.add(t, outbox.NewNotification{Type: "pointer", Payload: &raw}).Notification.Payload)
-		require.Equal(t, json.RawMessage(`5`), db.add(t, outbox.NewNotification{Type: "scalar", Payload: 5}).Notification.Payload)
+		require.Equal(t, raw, db.Add(t, outbox.NewNotification{Type: "raw", Payload: raw}).Notification.Payload)
+		require.Equal(t, raw, db.Add(t, outbox.NewNotification{Type: "pointer", Payload: &raw}).Notification.Payload)
+		require.Equal(t, json.RawMessage(`5`), db.Add(t, outbox.NewNotification{Type: "scalar", Payload: 5}).Notification.Payload)
 	})
 
 	t.Run("tells_keys_apart_by_every_part", func(t *testing.T) {
 		t.Parallel()
-		db := newDB(t)
+		db := pgtest.NewDB(t)
 		keys := []outbox.Key{
 			{Type: "a"}, {Type: "b"}, {Type: "A"}, {Type: "a "},
 			{Type: "a", BookingID: 1}, {Type: "a", BookingID: 2}, {Type: "a", BookingID: -1},
@@ -123,40 +122,40 @@ func TestAddNotification(t *testing.T) {
 		}
 		for pass, want := range []outbox.Outcome{outbox.OutcomeCreated, outbox.OutcomeRefreshed} {
 			for _, k := range keys {
-				res := db.add(t, outbox.NewNotification{Type: k.Type, BookingID: k.BookingID, CandidateTgID: k.CandidateTgID})
+				res := db.Add(t, outbox.NewNotification{Type: k.Type, BookingID: k.BookingID, CandidateTgID: k.CandidateTgID})
 				require.Equal(t, want, res.Outcome, "pass %d, %s", pass, k)
 				require.Equal(t, k, res.Notification.Key())
 			}
 		}
-		require.Equal(t, len(keys), db.count(t))
+		require.Equal(t, len(keys), db.Count(t))
 	})
 
 	t.Run("refreshes_only_what_is_given", func(t *testing.T) {
 		t.Parallel()
-		db := newDB(t)
+		db := pgtest.NewDB(t)
 		n := rejected
 		n.NotAfter = time.Now().Add(time.Hour).Truncate(time.Microsecond)
-		first := db.add(t, n).Notification
+		first := db.Add(t, n).Notification
 
-		res := db.add(t, outbox.NewNotification{Type: n.Type, BookingID: n.BookingID, CandidateTgID: n.CandidateTgID,
+		res := db.Add(t, outbox.NewNotification{Type: n.Type, BookingID: n.BookingID, CandidateTgID: n.CandidateTgID,
 			Payload: map[string]any{}})
 		require.Equal(t, outbox.OutcomeRefreshed, res.Outcome)
 		require.Equal(t, first, res.Notification)
 
 		later := n.NotAfter.Add(time.Hour)
-		res = db.add(t, outbox.NewNotification{Type: n.Type, BookingID: n.BookingID, CandidateTgID: n.CandidateTgID,
+		res = db.Add(t, outbox.NewNotification{Type: n.Type, BookingID: n.BookingID, CandidateTgID: n.CandidateTgID,
 			RecruiterTgID: 100, Payload: json.RawMessage(`[1]`), CorrelationID: "req-2", NotAfter: later})
 		want := first
 		want.RecruiterTgID, want.Payload, want.CorrelationID, want.NotAfter, want.Version = 100, json.RawMessage(`[1]`), "req-2", later.UTC(), 2
 		require.Equal(t, outbox.AddResult{Notification: want, Outcome: outbox.OutcomeRefreshed}, res)
-		require.Equal(t, want, db.get(t, n.Key()))
-		require.Equal(t, 1, db.count(t))
+		require.Equal(t, want, db.Get(t, n.Key()))
+		require.Equal(t, 1, db.Count(t))
 	})
 
 	t.Run("counts_a_version_only_for_recruiter_and_payload", func(t *testing.T) {
 		t.Parallel()
-		db := newDB(t)
-		db.add(t, rejected)
+		db := pgtest.NewDB(t)
+		db.Add(t, rejected)
 		version := int64(1)
 		for _, step := range []struct {
 			what   string
@@ -177,98 +176,98 @@ func TestAddNotification(t *testing.T) {
 			if step.rises {
 				version++
 			}
-			require.Equal(t, version, db.add(t, n).Notification.Version, step.what)
+			require.Equal(t, version, db.Add(t, n).Notification.Version, step.what)
 		}
 	})
 
 	t.Run("makes_a_postponed_or_retried_row_due_as_told", func(t *testing.T) {
 		t.Parallel()
-		db := newDB(t)
+		db := pgtest.NewDB(t)
 		n := rejected
 		n.NotBefore = time.Now().Add(time.Hour).Truncate(time.Microsecond)
-		require.True(t, n.NotBefore.Equal(db.add(t, n).Notification.NextRetryAt))
-		require.Zero(t, db.add(t, rejected).Notification.NextRetryAt)
-		db.exec(t, "UPDATE outbox_notifications SET attempts = 3, next_retry_at = now() + interval '1 day', last_error = 'chat not found'")
-		got := db.add(t, rejected).Notification
+		require.True(t, n.NotBefore.Equal(db.Add(t, n).Notification.NextRetryAt))
+		require.Zero(t, db.Add(t, rejected).Notification.NextRetryAt)
+		db.MustExec(t, "UPDATE outbox_notifications SET attempts = 3, next_retry_at = now() + interval '1 day', last_error = 'chat not found'")
+		got := db.Add(t, rejected).Notification
 		require.Zero(t, got.NextRetryAt)
 		require.Zero(t, got.Attempts)
 		require.Equal(t, "chat not found", got.LastError)
 		require.EqualValues(t, 1, got.Version)
-		require.True(t, n.NotBefore.Equal(db.add(t, n).Notification.NextRetryAt))
+		require.True(t, n.NotBefore.Equal(db.Add(t, n).Notification.NextRetryAt))
 	})
 
 	t.Run("writes_nothing_when_nothing_changes", func(t *testing.T) {
 		t.Parallel()
-		db := newDB(t)
+		db := pgtest.NewDB(t)
 		n := rejected
 		n.NotBefore, n.NotAfter = time.Now().Add(time.Hour), time.Now().Add(2*time.Hour)
-		first := db.add(t, n)
+		first := db.Add(t, n)
 		where := "SELECT ctid::text || ' ' || xmin FROM outbox_notifications"
-		before := one[string](t, db, where)
-		res := db.add(t, n)
+		before := pgtest.One[string](t, db, where)
+		res := db.Add(t, n)
 		require.Equal(t, outbox.OutcomeRefreshed, res.Outcome)
 		require.Equal(t, first.Notification, res.Notification)
-		require.Equal(t, before, one[string](t, db, where))
-		db.addMany(t, n, n)
-		require.Equal(t, before, one[string](t, db, where))
+		require.Equal(t, before, pgtest.One[string](t, db, where))
+		db.AddMany(t, n, n)
+		require.Equal(t, before, pgtest.One[string](t, db, where))
 	})
 
 	for _, status := range []outbox.Status{outbox.StatusSent, outbox.StatusFailed} {
 		t.Run("returns_a_"+string(status)+"_row_unchanged", func(t *testing.T) {
 			t.Parallel()
-			db := newDB(t)
-			db.add(t, rejected)
-			db.exec(t, `UPDATE outbox_notifications SET status = $1, attempts = 2, sent_version = 1, receipt = 'tg:5',
+			db := pgtest.NewDB(t)
+			db.Add(t, rejected)
+			db.MustExec(t, `UPDATE outbox_notifications SET status = $1, attempts = 2, sent_version = 1, receipt = 'tg:5',
 				last_error = 'e', sent_at = now(), next_retry_at = now(), locked_at = now()`, status)
-			before := db.get(t, rejected.Key())
+			before := db.Get(t, rejected.Key())
 			where := "SELECT ctid::text || ' ' || xmin FROM outbox_notifications"
-			version := one[string](t, db, where)
+			version := pgtest.One[string](t, db, where)
 			for _, n := range []outbox.NewNotification{rejected, {Type: "reject", BookingID: 7, CandidateTgID: 42, RecruiterTgID: 1,
 				Payload: "new", CorrelationID: "new", NotBefore: time.Now(), NotAfter: time.Now().Add(time.Hour)}} {
-				require.Equal(t, outbox.AddResult{Notification: before, Outcome: outbox.OutcomeExisting}, db.add(t, n))
-				require.Equal(t, []outbox.AddResult{{Notification: before, Outcome: outbox.OutcomeExisting}}, db.addMany(t, n))
+				require.Equal(t, outbox.AddResult{Notification: before, Outcome: outbox.OutcomeExisting}, db.Add(t, n))
+				require.Equal(t, []outbox.AddResult{{Notification: before, Outcome: outbox.OutcomeExisting}}, db.AddMany(t, n))
 			}
-			require.Equal(t, version, one[string](t, db, where), "the row was written")
-			require.Equal(t, 1, db.count(t))
+			require.Equal(t, version, pgtest.One[string](t, db, where), "the row was written")
+			require.Equal(t, 1, db.Count(t))
 		})
 	}
 
 	t.Run("keeps_the_lease_of_a_delivery_under_way", func(t *testing.T) {
 		t.Parallel()
-		db := newDB(t)
-		id := db.add(t, rejected).Notification.ID
-		db.lease(t, id, "1 minute")
-		token, before := db.leaseOf(t, id), db.get(t, rejected.Key())
+		db := pgtest.NewDB(t)
+		id := db.Add(t, rejected).Notification.ID
+		lease(t, db, id, "1 minute")
+		token, before := leaseOf(t, db, id), db.Get(t, rejected.Key())
 		require.NotEmpty(t, token)
 		require.Equal(t, 1, before.Attempts)
 
-		res := db.add(t, rejected)
+		res := db.Add(t, rejected)
 		require.Equal(t, outbox.AddResult{Notification: before, Outcome: outbox.OutcomeRefreshed, InFlight: true}, res)
 
 		changed := rejected
 		changed.Payload, changed.NotBefore = "moved", time.Now().Add(time.Hour).Truncate(time.Microsecond)
-		res = db.add(t, changed)
+		res = db.Add(t, changed)
 		want := before
 		want.Payload, want.Version, want.NextRetryAt = json.RawMessage(`"moved"`), 2, changed.NotBefore.UTC()
 		require.Equal(t, outbox.AddResult{Notification: want, Outcome: outbox.OutcomeRefreshed, InFlight: true}, res)
-		require.Equal(t, token, db.leaseOf(t, id))
+		require.Equal(t, token, leaseOf(t, db, id))
 
 		changed.Payload = "moved again"
-		res = db.addMany(t, changed)[0]
+		res = db.AddMany(t, changed)[0]
 		want.Payload, want.Version = json.RawMessage(`"moved again"`), 3
 		require.Equal(t, outbox.AddResult{Notification: want, Outcome: outbox.OutcomeRefreshed, InFlight: true}, res)
-		require.Equal(t, token, db.leaseOf(t, id))
+		require.Equal(t, token, leaseOf(t, db, id))
 	})
 
 	t.Run("asks_the_clock_and_not_the_transaction_whether_a_lease_has_ended", func(t *testing.T) {
 		t.Parallel()
-		db := newDB(t)
-		id := db.add(t, rejected).Notification.ID
-		tx := db.begin(t)
-		one[time.Time](t, tx, "SELECT now()")
-		db.exec(t, `UPDATE outbox_notifications SET lease_token = gen_random_uuid(), locked_at = now(),
+		db := pgtest.NewDB(t)
+		id := db.Add(t, rejected).Notification.ID
+		tx := db.MustBegin(t)
+		pgtest.One[time.Time](t, tx, "SELECT now()")
+		db.MustExec(t, `UPDATE outbox_notifications SET lease_token = gen_random_uuid(), locked_at = now(),
 			lease_until = clock_timestamp() WHERE id = $1`, id)
-		res, err := db.store.AddNotification(t.Context(), tx, rejected)
+		res, err := db.Store.AddNotification(t.Context(), tx, rejected)
 		require.NoError(t, err)
 		require.False(t, res.InFlight)
 	})
@@ -282,71 +281,71 @@ func TestAddNotification(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			db := newDB(t)
+			db := pgtest.NewDB(t)
 			for i, add := range []func(outbox.NewNotification) outbox.AddResult{
-				func(n outbox.NewNotification) outbox.AddResult { return db.add(t, n) },
-				func(n outbox.NewNotification) outbox.AddResult { return db.addMany(t, n)[0] },
+				func(n outbox.NewNotification) outbox.AddResult { return db.Add(t, n) },
+				func(n outbox.NewNotification) outbox.AddResult { return db.AddMany(t, n)[0] },
 			} {
 				n := outbox.NewNotification{Type: "reject" + itoa(i)}
 				id := add(n).Notification.ID
-				db.exec(t, "UPDATE outbox_notifications SET attempts = 4, locked_at = now() WHERE id = $1", id)
-				db.exec(t, "UPDATE outbox_notifications SET "+lock+" WHERE id = $1", id)
+				db.MustExec(t, "UPDATE outbox_notifications SET attempts = 4, locked_at = now() WHERE id = $1", id)
+				db.MustExec(t, "UPDATE outbox_notifications SET "+lock+" WHERE id = $1", id)
 				res := add(n)
 				require.Equal(t, outbox.OutcomeRefreshed, res.Outcome)
 				require.False(t, res.InFlight)
 				require.Zero(t, res.Notification.LockedAt)
 				require.Zero(t, res.Notification.Attempts)
 				require.EqualValues(t, 1, res.Notification.Version)
-				require.Equal(t, 0, one[int](t, db, "SELECT num_nonnulls(locked_at, lease_until) FROM outbox_notifications WHERE id = $1", id))
+				require.Equal(t, 0, pgtest.One[int](t, db, "SELECT num_nonnulls(locked_at, lease_until) FROM outbox_notifications WHERE id = $1", id))
 			}
 		})
 	}
 
 	t.Run("leaves_nothing_behind_after_a_rollback", func(t *testing.T) {
 		t.Parallel()
-		db := newDB(t)
-		tx := db.begin(t)
-		res, err := db.store.AddNotification(t.Context(), tx, rejected)
+		db := pgtest.NewDB(t)
+		tx := db.MustBegin(t)
+		res, err := db.Store.AddNotification(t.Context(), tx, rejected)
 		require.NoError(t, err)
 		require.Equal(t, outbox.OutcomeCreated, res.Outcome)
 		require.NoError(t, tx.Rollback(t.Context()))
-		require.Zero(t, db.count(t))
-		_, err = db.store.Get(t.Context(), rejected.Key())
+		require.Zero(t, db.Count(t))
+		_, err = db.Store.Get(t.Context(), rejected.Key())
 		require.ErrorIs(t, err, outbox.ErrNotFound)
 
-		first := db.add(t, rejected).Notification
+		first := db.Add(t, rejected).Notification
 		changed := rejected
 		changed.Payload = "moved"
-		tx = db.begin(t)
-		_, err = db.store.AddNotification(t.Context(), tx, changed)
+		tx = db.MustBegin(t)
+		_, err = db.Store.AddNotification(t.Context(), tx, changed)
 		require.NoError(t, err)
 		require.NoError(t, tx.Rollback(t.Context()))
-		require.Equal(t, first, db.get(t, rejected.Key()))
+		require.Equal(t, first, db.Get(t, rejected.Key()))
 	})
 
 	t.Run("sees_what_its_own_transaction_added", func(t *testing.T) {
 		t.Parallel()
-		db := newDB(t)
-		tx := db.begin(t)
+		db := pgtest.NewDB(t)
+		tx := db.MustBegin(t)
 		for i, want := range []outbox.Outcome{outbox.OutcomeCreated, outbox.OutcomeRefreshed, outbox.OutcomeRefreshed} {
 			n := rejected
 			n.Payload = i
-			res, err := db.store.AddNotification(t.Context(), tx, n)
+			res, err := db.Store.AddNotification(t.Context(), tx, n)
 			require.NoError(t, err)
 			require.Equal(t, want, res.Outcome)
 			require.EqualValues(t, i+1, res.Notification.Version)
 		}
 		require.NoError(t, tx.Commit(t.Context()))
-		require.Equal(t, 1, db.count(t))
+		require.Equal(t, 1, db.Count(t))
 	})
 
 	t.Run("goes_with_the_savepoint_it_was_called_in", func(t *testing.T) {
 		t.Parallel()
-		db := newDB(t)
-		tx := db.begin(t)
+		db := pgtest.NewDB(t)
+		tx := db.MustBegin(t)
 		inner, err := tx.Begin(t.Context())
 		require.NoError(t, err)
-		_, err = db.store.AddNotification(t.Context(), inner, rejected)
+		_, err = db.Store.AddNotification(t.Context(), inner, rejected)
 		require.NoError(t, err)
 		require.NoError(t, inner.Rollback(t.Context()))
 
@@ -354,48 +353,48 @@ func TestAddNotification(t *testing.T) {
 		require.NoError(t, err)
 		kept := rejected
 		kept.Payload = "kept"
-		res, err := db.store.AddNotification(t.Context(), inner, kept)
+		res, err := db.Store.AddNotification(t.Context(), inner, kept)
 		require.NoError(t, err)
 		require.Equal(t, outbox.OutcomeCreated, res.Outcome)
 		require.NoError(t, inner.Commit(t.Context()))
 
 		inner, err = tx.Begin(t.Context())
 		require.NoError(t, err)
-		res, err = db.store.AddNotification(t.Context(), inner, rejected)
+		res, err = db.Store.AddNotification(t.Context(), inner, rejected)
 		require.NoError(t, err)
 		require.Equal(t, outbox.OutcomeRefreshed, res.Outcome)
 		require.NoError(t, inner.Rollback(t.Context()))
 
 		require.NoError(t, tx.Commit(t.Context()))
-		require.JSONEq(t, `"kept"`, string(db.get(t, rejected.Key()).Payload))
+		require.JSONEq(t, `"kept"`, string(db.Get(t, rejected.Key()).Payload))
 	})
 
 	t.Run("surfaces_another_unique_violation", func(t *testing.T) {
 		// Only a conflict of the key is taken for a duplicate.
 		t.Parallel()
-		db := newDB(t)
-		db.exec(t, "CREATE UNIQUE INDEX ON outbox_notifications (correlation_id)")
-		db.add(t, outbox.NewNotification{Type: "a", CorrelationID: "same"})
-		_, err := db.tryAdd(t.Context(), outbox.NewNotification{Type: "b", CorrelationID: "same"})
+		db := pgtest.NewDB(t)
+		db.MustExec(t, "CREATE UNIQUE INDEX ON outbox_notifications (correlation_id)")
+		db.Add(t, outbox.NewNotification{Type: "a", CorrelationID: "same"})
+		_, err := db.TryAdd(t.Context(), outbox.NewNotification{Type: "b", CorrelationID: "same"})
 		require.Equal(t, "23505", sqlState(t, err))
 	})
 
 	t.Run("survives_a_stored_payload_that_jsonb_refuses", func(t *testing.T) {
 		t.Parallel()
-		db := newDB(t)
+		db := pgtest.NewDB(t)
 		for _, stored := range []string{`{"a":"\u0000"}`, `"\ud800"`, `"\udc00"`, `1e999999`, `[1e-99999]`} {
 			n := outbox.NewNotification{Type: "python"}
-			db.exec(t, "DELETE FROM outbox_notifications")
-			db.exec(t, "INSERT INTO outbox_notifications (type, payload_json) VALUES ('python', $1::text::json)", stored)
-			res := db.add(t, n)
+			db.MustExec(t, "DELETE FROM outbox_notifications")
+			db.MustExec(t, "INSERT INTO outbox_notifications (type, payload_json) VALUES ('python', $1::text::json)", stored)
+			res := db.Add(t, n)
 			require.Equal(t, stored, string(res.Notification.Payload))
 			n.Payload = json.RawMessage(`{"a":1}`)
-			res = db.add(t, n)
+			res = db.Add(t, n)
 			require.EqualValues(t, 2, res.Notification.Version)
 			require.JSONEq(t, `{"a":1}`, string(res.Notification.Payload))
 
-			db.exec(t, "UPDATE outbox_notifications SET payload_json = $1::text::json", stored)
-			require.EqualValues(t, 3, db.addMany(t, n)[0].Notification.Version)
+			db.MustExec(t, "UPDATE outbox_notifications SET payload_json = $1::text::json", stored)
+			require.EqualValues(t, 3, db.AddMany(t, n)[0].Notification.Version)
 		}
 	})
 
@@ -405,14 +404,14 @@ func TestAddNotification(t *testing.T) {
 			"RETURN NULL":                            "a trigger or a policy",
 			"NEW.type = lower(NEW.type); RETURN NEW": "",
 		} {
-			db := newDB(t)
-			db.exec(t, `CREATE FUNCTION meddle() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN `+body+`; END $$;
+			db := pgtest.NewDB(t)
+			db.MustExec(t, `CREATE FUNCTION meddle() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN `+body+`; END $$;
 				CREATE TRIGGER meddle BEFORE INSERT ON outbox_notifications FOR EACH ROW EXECUTE FUNCTION meddle()`)
-			tx := db.begin(t)
-			_, err := db.store.AddNotifications(t.Context(), tx, []outbox.NewNotification{{Type: "Reject"}, {Type: "Confirm"}})
+			tx := db.MustBegin(t)
+			_, err := db.Store.AddNotifications(t.Context(), tx, []outbox.NewNotification{{Type: "Reject"}, {Type: "Confirm"}})
 			require.ErrorContains(t, err, "a trigger")
 			if says != "" {
-				_, err = db.store.AddNotification(t.Context(), tx, outbox.NewNotification{Type: "Reject"})
+				_, err = db.Store.AddNotification(t.Context(), tx, outbox.NewNotification{Type: "Reject"})
 				require.ErrorContains(t, err, says)
 			}
 		}
@@ -420,32 +419,32 @@ func TestAddNotification(t *testing.T) {
 
 	t.Run("draws_no_id_for_a_repeat", func(t *testing.T) {
 		t.Parallel()
-		db := newDB(t)
-		first := db.add(t, outbox.NewNotification{Type: "a"}).Notification.ID
+		db := pgtest.NewDB(t)
+		first := db.Add(t, outbox.NewNotification{Type: "a"}).Notification.ID
 		for range 5 {
-			db.add(t, outbox.NewNotification{Type: "a"})
-			db.addMany(t, outbox.NewNotification{Type: "a"})
+			db.Add(t, outbox.NewNotification{Type: "a"})
+			db.AddMany(t, outbox.NewNotification{Type: "a"})
 		}
-		require.Equal(t, first+1, db.add(t, outbox.NewNotification{Type: "b"}).Notification.ID)
+		require.Equal(t, first+1, db.Add(t, outbox.NewNotification{Type: "b"}).Notification.ID)
 	})
 
 	t.Run("logs_an_existing_row_without_its_payload", func(t *testing.T) {
 		t.Parallel()
-		db := newDB(t)
+		db := pgtest.NewDB(t)
 		var logged bytes.Buffer
 		store, err := outbox.NewPGStore(db.Pool, outbox.Config{Logger: slog.New(slog.NewTextHandler(&logged, nil))})
 		require.NoError(t, err)
-		db.store = store
-		db.add(t, rejected)
-		db.add(t, rejected)
+		db.Store = store
+		db.Add(t, rejected)
+		db.Add(t, rejected)
 		require.Empty(t, logged.String())
-		db.exec(t, "UPDATE outbox_notifications SET status = 'sent'")
-		db.add(t, rejected)
+		db.MustExec(t, "UPDATE outbox_notifications SET status = 'sent'")
+		db.Add(t, rejected)
 		require.Contains(t, logged.String(), "level=INFO")
 		require.Contains(t, logged.String(), "type=reject booking_id=7 candidate_tg_id=42 status=sent correlation_id=req-1")
 		require.NotContains(t, logged.String(), "slot")
 		logged.Reset()
-		db.addMany(t, rejected, rejected, outbox.NewNotification{Type: "new"})
+		db.AddMany(t, rejected, rejected, outbox.NewNotification{Type: "new"})
 		require.Equal(t, 1, strings.Count(logged.String(), "\n"))
 		require.Contains(t, logged.String(), "existing=2 of=3")
 	})
@@ -453,7 +452,7 @@ func TestAddNotification(t *testing.T) {
 
 func TestNewPGStore(t *testing.T) {
 	t.Parallel()
-	db := newDB(t)
+	db := pgtest.NewDB(t)
 	for name, c := range map[string]struct {
 		pool  *pgxpool.Pool
 		cfg   outbox.Config
@@ -490,9 +489,9 @@ func requireInvalid(t testing.TB, err error, field string, index int, what strin
 // which any error of PostgreSQL would abort, goes on, and no statement was run.
 func TestInvalid(t *testing.T) {
 	t.Parallel()
-	db := newDB(t)
+	db := pgtest.NewDB(t)
 	var log statementLog
-	pool := newPool(t, db.url, func(cfg *pgxpool.Config) { cfg.ConnConfig.Tracer = &log })
+	pool := pgtest.NewPool(t, db.URL, func(cfg *pgxpool.Config) { cfg.ConnConfig.Tracer = &log })
 	store, err := outbox.NewPGStore(pool, outbox.Config{MaxPayloadBytes: 1000, Logger: discard})
 	require.NoError(t, err)
 	deep := strings.Repeat("[", 100_000) + strings.Repeat("]", 100_000)
@@ -548,7 +547,7 @@ func TestInvalid(t *testing.T) {
 	} {
 		n := rejected
 		c.spoil(&n)
-		tx := begin(t, pool, pgx.TxOptions{})
+		tx := pgtest.Begin(t, pool, pgx.TxOptions{})
 		log.reset()
 		_, err = store.AddNotification(t.Context(), tx, n)
 		requireInvalid(t, err, c.field, -1, name)
@@ -560,7 +559,7 @@ func TestInvalid(t *testing.T) {
 		require.NoError(t, tx.Rollback(t.Context()))
 	}
 
-	tx := db.begin(t)
+	tx := db.MustBegin(t)
 	for _, payload := range []string{deep, strings.Repeat(`{"a":`, 1001) + "1" + strings.Repeat("}", 1001)} {
 		_, err = wide.AddNotification(t.Context(), tx, outbox.NewNotification{Type: "a", Payload: json.RawMessage(payload)})
 		requireInvalid(t, err, "Payload", -1, "deep")
@@ -586,7 +585,7 @@ func TestInvalid(t *testing.T) {
 // limit lets through: those that grow most as jsonb.
 func TestLargestPayload(t *testing.T) {
 	t.Parallel()
-	db := newDB(t)
+	db := pgtest.NewDB(t)
 	store, err := outbox.NewPGStore(db.Pool, outbox.Config{MaxPayloadBytes: 16 << 20, Logger: discard})
 	require.NoError(t, err)
 	// Each ends in a blank and a bracket or quote, so that the byte before it can go.
@@ -599,10 +598,10 @@ func TestLargestPayload(t *testing.T) {
 		"pairs":   fill("{", `"":1,`, "}"),
 		"string":  fill(`"`, "a", `"`),
 	} {
-		tx := db.begin(t)
+		tx := db.MustBegin(t)
 		_, err = store.AddNotification(t.Context(), tx, outbox.NewNotification{Type: name, Payload: payload})
 		require.NoError(t, err, name)
-		require.NotZero(t, one[int](t, tx, "SELECT pg_column_size(payload_json::jsonb) FROM outbox_notifications WHERE type = $1", name))
+		require.NotZero(t, pgtest.One[int](t, tx, "SELECT pg_column_size(payload_json::jsonb) FROM outbox_notifications WHERE type = $1", name))
 		if name == "string" { // one that differs is compared as jsonb
 			other := append(slices.Clone(payload[:len(payload)-2]), '"')
 			res, err := store.AddNotification(t.Context(), tx, outbox.NewNotification{Type: name, Payload: other})

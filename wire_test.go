@@ -16,6 +16,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/seed3357934d/outbox"
+	"github.com/seed3357934d/outbox/internal/pgtest"
 )
 
 // statementLog is a tracer that keeps the statements sent.
@@ -55,9 +56,9 @@ type gatedDB struct {
 	fn   func()
 }
 
-func newGatedDB(t testing.TB, db *testDB) *gatedDB {
+func newGatedDB(t testing.TB, db *pgtest.DB) *gatedDB {
 	g := &gatedDB{}
-	g.pool = newPool(t, db.url, func(cfg *pgxpool.Config) { cfg.ConnConfig.Tracer = g })
+	g.pool = pgtest.NewPool(t, db.URL, func(cfg *pgxpool.Config) { cfg.ConnConfig.Tracer = g })
 	return g
 }
 
@@ -101,10 +102,10 @@ func (c *turns) Read(b []byte) (int, error) {
 // round trip once its statement is prepared, and a batch one or two.
 func TestRoundTrips(t *testing.T) {
 	t.Parallel()
-	db := newDB(t)
+	db := pgtest.NewDB(t)
 	var trips atomic.Int64
 	var log statementLog
-	pool := newPool(t, db.url, func(cfg *pgxpool.Config) {
+	pool := pgtest.NewPool(t, db.URL, func(cfg *pgxpool.Config) {
 		dial := cfg.ConnConfig.DialFunc
 		cfg.ConnConfig.DialFunc = func(ctx context.Context, network, addr string) (net.Conn, error) {
 			conn, err := dial(ctx, network, addr)
@@ -117,7 +118,7 @@ func TestRoundTrips(t *testing.T) {
 		cfg.MaxConns = 1
 	})
 	measure := func(fn func(tx pgx.Tx)) (roundTrips int64, statements int) {
-		tx := begin(t, pool, pgx.TxOptions{})
+		tx := pgtest.Begin(t, pool, pgx.TxOptions{})
 		trips.Store(0)
 		log.reset()
 		fn(tx)
@@ -128,7 +129,7 @@ func TestRoundTrips(t *testing.T) {
 	for _, n := range []outbox.NewNotification{{Type: "warm"}, {Type: "warm", BookingID: 1}, {Type: "warm", CandidateTgID: 1}, {Type: "warm", BookingID: 1, CandidateTgID: 1}} {
 		add := func(want outbox.Outcome) func(pgx.Tx) {
 			return func(tx pgx.Tx) {
-				res, err := db.store.AddNotification(t.Context(), tx, n)
+				res, err := db.Store.AddNotification(t.Context(), tx, n)
 				require.NoError(t, err)
 				require.Equal(t, want, res.Outcome)
 			}
@@ -143,7 +144,7 @@ func TestRoundTrips(t *testing.T) {
 		n.Payload = "changed"
 		roundTrips, _ := measure(add(outbox.OutcomeRefreshed))
 		require.EqualValues(t, 1, roundTrips, "changed")
-		db.exec(t, "UPDATE outbox_notifications SET status = 'sent'")
+		db.MustExec(t, "UPDATE outbox_notifications SET status = 'sent'")
 		roundTrips, _ = measure(add(outbox.OutcomeExisting))
 		require.EqualValues(t, 1, roundTrips, "settled")
 	}
@@ -154,7 +155,7 @@ func TestRoundTrips(t *testing.T) {
 			for i := range ns {
 				ns[i] = outbox.NewNotification{Type: "batch", BookingID: int64(first + i), Payload: i}
 			}
-			_, err := db.store.AddNotifications(t.Context(), tx, ns)
+			_, err := db.Store.AddNotifications(t.Context(), tx, ns)
 			require.NoError(t, err)
 		}
 	}
@@ -168,10 +169,10 @@ func TestRoundTrips(t *testing.T) {
 		}
 		_, statements = measure(batch(10_000, size))
 		require.Equal(t, 2, statements, "%d repeated", size)
-		db.exec(t, "DELETE FROM outbox_notifications")
+		db.MustExec(t, "DELETE FROM outbox_notifications")
 	}
 	_, statements := measure(func(tx pgx.Tx) {
-		res, err := db.store.AddNotifications(t.Context(), tx, nil)
+		res, err := db.Store.AddNotifications(t.Context(), tx, nil)
 		require.NoError(t, err)
 		require.Empty(t, res)
 	})
@@ -187,14 +188,14 @@ func TestExecModes(t *testing.T) {
 	for _, mode := range modes {
 		t.Run(mode.String(), func(t *testing.T) {
 			t.Parallel()
-			db := newDB(t)
-			liveInMode(t, db, db.url, mode)
+			db := pgtest.NewDB(t)
+			liveInMode(t, db, db.URL, mode)
 		})
 	}
 	t.Run("PgBouncer", func(t *testing.T) {
 		t.Parallel()
-		if server == nil {
-			t.Logf("left out: no PgBouncer can be put before the server of %s", urlVariable)
+		if pgtest.Server() == nil {
+			t.Log("left out: no PgBouncer can be put before the server of OUTBOX_TEST_DATABASE_URL")
 			return
 		}
 		bouncer, old := startPgBouncer(t)
@@ -204,16 +205,16 @@ func TestExecModes(t *testing.T) {
 				continue
 			}
 			t.Run(mode.String(), func(t *testing.T) {
-				db := newDB(t)
-				liveInMode(t, db, bouncer(db.url), mode)
+				db := pgtest.NewDB(t)
+				liveInMode(t, db, bouncer(db.URL), mode)
 			})
 		}
 	})
 }
 
 // liveInMode migrates and adds through url in one mode of pgx.
-func liveInMode(t *testing.T, db *testDB, url string, mode pgx.QueryExecMode) {
-	pool := newPool(t, url, func(cfg *pgxpool.Config) {
+func liveInMode(t *testing.T, db *pgtest.DB, url string, mode pgx.QueryExecMode) {
+	pool := pgtest.NewPool(t, url, func(cfg *pgxpool.Config) {
 		cfg.ConnConfig.DefaultQueryExecMode = mode
 		cfg.MaxConns = 3
 	})
@@ -223,7 +224,7 @@ func liveInMode(t *testing.T, db *testDB, url string, mode pgx.QueryExecMode) {
 		require.NoError(t, store.Migrate(t.Context()))
 	}
 	// the store's schema is not on the search_path
-	require.Zero(t, db.count(t))
+	require.Zero(t, db.Count(t))
 
 	notBefore := time.Date(2031, 5, 6, 7, 8, 9, 123456789, time.FixedZone("", 3600))
 	full := outbox.NewNotification{
@@ -289,7 +290,7 @@ func liveInMode(t *testing.T, db *testDB, url string, mode pgx.QueryExecMode) {
 // too old for prepared statements, as an installed one may be.
 func startPgBouncer(t *testing.T) (through func(direct string) string, old bool) {
 	t.Helper()
-	at, stop, err := server.StartPgBouncer(t.Context())
+	at, stop, err := pgtest.Server().StartPgBouncer(t.Context())
 	require.NoError(t, err)
 	t.Cleanup(func() { require.NoError(t, stop()) })
 	bouncer, err := url.Parse(at)
