@@ -17,7 +17,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"sync"
 	"syscall"
 	"time"
 )
@@ -95,25 +94,157 @@ func startInstallation(ctx context.Context, inst installation, opts Options) (_ 
 	for _, name := range slices.Sorted(maps.Keys(opts.Settings)) {
 		args = append(args, "-c", name+"="+opts.Settings[name])
 	}
-	p, err = startProcess(dir.command(filepath.Join(inst.bin, "postgres"), args...))
-	if err != nil {
-		return nil, fmt.Errorf("postgres: %w", err)
+	s := &installedServer{
+		dir: dir, program: filepath.Join(inst.bin, "postgres"), args: args, port: port,
+		url:  fmt.Sprintf("postgres://postgres@127.0.0.1:%d/postgres?sslmode=disable", port),
+		logf: opts.Logf,
 	}
-	url := fmt.Sprintf("postgres://postgres@127.0.0.1:%d/postgres?sslmode=disable", port)
-	version, err := waitReady(ctx, url, p.exited)
+	version, err := s.start(ctx)
 	if err != nil {
-		err = errors.Join(err, p.kill())
-		return nil, fmt.Errorf("postgres: %w: %s", err, tail(p.log.Bytes()))
+		return nil, err
 	}
+	return &Server{URL: s.url, Kind: fmt.Sprintf("PostgreSQL %s from %s", version, inst.bin), runs: s}, nil
+}
 
-	return &Server{
-		URL:  url,
-		Kind: fmt.Sprintf("PostgreSQL %s from %s", version, inst.bin),
-		stop: sync.OnceValue(func() error { return errors.Join(p.kill(), dir.remove()) }),
-		pgbouncer: func(ctx context.Context) (string, func() error, error) {
-			return startInstalledPgBouncer(ctx, port, opts.Logf)
-		},
-	}, nil
+// installedServer is a server that is a child of this process.
+type installedServer struct {
+	dir     *workDir
+	program string
+	args    []string
+	port    int
+	url     string
+	logf    func(string, ...any)
+	p       *process
+	frozen  []int // the processes that pause stopped
+}
+
+// start starts the process and waits until it accepts connections.
+func (s *installedServer) start(ctx context.Context) (version string, err error) {
+	p, err := startProcess(s.dir.command(s.program, s.args...))
+	if err != nil {
+		return "", fmt.Errorf("postgres: %w", err)
+	}
+	s.p = p
+	if version, err = waitReady(ctx, s.url, p.exited); err != nil {
+		err = errors.Join(err, p.kill())
+		return "", fmt.Errorf("postgres: %w: %s", err, tail(p.log.Bytes()))
+	}
+	return version, nil
+}
+
+func (s *installedServer) startPgBouncer(ctx context.Context) (string, func() error, error) {
+	return startInstalledPgBouncer(ctx, s.port, s.logf)
+}
+
+// stop lets a paused server go on: shutting down, it removes its shared memory.
+func (s *installedServer) stop() error {
+	return errors.Join(s.resume(context.Background()), s.p.kill(), s.dir.remove())
+}
+
+// crash kills processes that are stopped, or the server would see that some of its
+// children died and act on it.
+func (s *installedServer) crash(ctx context.Context) error {
+	if err := s.pause(ctx); err != nil {
+		return err
+	}
+	err := s.signalFrozen(syscall.SIGKILL)
+	s.frozen = nil
+	if err != nil {
+		return err
+	}
+	return s.startAgain(ctx)
+}
+
+func (s *installedServer) restart(ctx context.Context) error {
+	if err := s.p.cmd.Process.Signal(syscall.SIGINT); err != nil {
+		return err
+	}
+	return s.startAgain(ctx)
+}
+
+// startAgain starts the server when the old process and its children, which have its
+// output open, are gone. A client that keeps trying to connect can be given the very
+// port that it connects to, as its own; it does not keep it.
+func (s *installedServer) startAgain(ctx context.Context) error {
+	select {
+	case <-s.p.exited:
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	ctx, cancel := context.WithTimeout(ctx, startTimeout)
+	defer cancel()
+	for {
+		_, err := s.start(ctx)
+		if err == nil || ctx.Err() != nil || !strings.Contains(err.Error(), "Address already in use") {
+			return err
+		}
+	}
+}
+
+func (s *installedServer) pause(ctx context.Context) (err error) {
+	s.frozen, err = freeze(ctx, s.p.cmd.Process.Pid)
+	if err != nil {
+		return errors.Join(err, s.resume(ctx))
+	}
+	return nil
+}
+
+func (s *installedServer) resume(context.Context) error {
+	err := s.signalFrozen(syscall.SIGCONT)
+	s.frozen = nil
+	return err
+}
+
+func (s *installedServer) signalFrozen(sig syscall.Signal) error {
+	var err error
+	for _, pid := range s.frozen {
+		err = errors.Join(err, signalTo(pid, sig))
+	}
+	return err
+}
+
+// freeze stops a process and its children, and returns them, also those that it had
+// stopped when it failed. It looks twice: a child may come while it looks, until the
+// parent, which it can tell by then, is stopped.
+func freeze(ctx context.Context, parent int) (family []int, err error) {
+	for clean := 0; clean < 2; {
+		all, err := processes()
+		if err != nil {
+			return family, err
+		}
+		clean++
+		family = nil
+		for _, p := range all {
+			if p.zombie || p.pid != parent && p.parent != parent {
+				continue
+			}
+			family = append(family, p.pid)
+			if !p.stopped {
+				clean = 0
+				if err := signalTo(p.pid, syscall.SIGSTOP); err != nil {
+					return family, err
+				}
+			}
+		}
+		if err := ctx.Err(); err != nil {
+			return family, err
+		}
+	}
+	return family, nil
+}
+
+// signalTo takes a process that is gone for one that got the signal.
+func signalTo(pid int, sig syscall.Signal) error {
+	if err := syscall.Kill(pid, sig); err != nil && !errors.Is(err, syscall.ESRCH) {
+		return fmt.Errorf("process %d: %v: %w", pid, sig, err)
+	}
+	return nil
+}
+
+// processInfo is a line of the system's process table.
+type processInfo struct {
+	pid, parent     int
+	stopped, zombie bool
 }
 
 // findInstallation returns the installed PostgreSQL of that major version, or the

@@ -19,6 +19,7 @@ import (
 	"github.com/moby/moby/api/types/network"
 	"github.com/moby/moby/client"
 	"github.com/testcontainers/testcontainers-go"
+	"github.com/testcontainers/testcontainers-go/exec"
 	"github.com/testcontainers/testcontainers-go/log"
 	"github.com/testcontainers/testcontainers-go/modules/postgres"
 )
@@ -26,6 +27,17 @@ import (
 // containerLife bounds the life of a container whose process was killed, where no
 // reaper runs.
 const containerLife = "4h"
+
+// startAgainFile has the container live on when its program ends.
+const startAgainFile = "/tmp/start-again"
+
+// processOne is process 1 of a container: it runs the program and ends with it, or,
+// with startAgainFile, runs it until that succeeds (the shared memory of a server
+// that was killed may be in use for a moment). When it ends, everything else does.
+const processOne = `trap exit INT TERM QUIT
+(sleep ` + containerLife + `; kill -QUIT 1) &
+while "$0" "$@" & wait $!; status=$?; [ -e ` + startAgainFile + ` ]; do :; done
+exit $status`
 
 var errNoDocker = errors.New("not used")
 
@@ -120,11 +132,70 @@ func startInDocker(ctx context.Context, opts Options) (*Server, error) {
 	return &Server{
 		URL:  dsn,
 		Kind: fmt.Sprintf("PostgreSQL %s in a container (%s)", version, image.origin),
-		stop: sync.OnceValue(func() error { return terminate(c) }),
-		pgbouncer: func(ctx context.Context) (string, func() error, error) {
-			return startPgBouncerContainer(ctx, c, host, opts.Logf)
-		},
+		runs: &dockerServer{c: c, host: host, url: dsn, logf: opts.Logf},
 	}, nil
+}
+
+// dockerServer is a server in a container.
+type dockerServer struct {
+	c         testcontainers.Container
+	host, url string
+	logf      func(string, ...any)
+}
+
+func (s *dockerServer) startPgBouncer(ctx context.Context) (string, func() error, error) {
+	return startPgBouncerContainer(ctx, s.c, s.host, s.logf)
+}
+
+// stop needs no resume before: the daemon kills paused containers too.
+func (s *dockerServer) stop() error { return terminate(s.c) }
+
+// crash kills all processes of the user whom the server runs as, but for the one
+// that does so. Process 1 belongs to root.
+func (s *dockerServer) crash(ctx context.Context) error {
+	return s.startAgain(ctx, "kill -KILL -1")
+}
+
+// restart waits for the end, or it would take the old server for the new one. The
+// process tells: pg_ctl would wait for the pid file to go, and see the next one.
+func (s *dockerServer) restart(ctx context.Context) error {
+	return s.startAgain(ctx, `read pid <"$PGDATA/postmaster.pid" && kill -INT $pid && while kill -0 $pid 2>&-; do sleep 0.01; done`)
+}
+
+// startAgain runs a command that ends the server and waits until process 1 has
+// started it again. A container that were stopped for that would lose its data,
+// which is in memory, and its port.
+func (s *dockerServer) startAgain(ctx context.Context, end string) error {
+	status, output, err := s.c.Exec(ctx, []string{"sh", "-c", ">" + startAgainFile + "; " + end}, exec.WithUser("postgres"), exec.Multiplexed())
+	if err != nil {
+		return err
+	}
+	if status != 0 {
+		text, _ := io.ReadAll(output) // part of it is better than none
+		return fmt.Errorf("%s: exit status %d: %s", end, status, tail(text))
+	}
+	_, err = waitReady(ctx, s.url, nil)
+	return err
+}
+
+func (s *dockerServer) pause(ctx context.Context) error {
+	cli, err := connectDocker(ctx)
+	if err != nil {
+		return err
+	}
+	defer cli.Close()
+	_, err = cli.ContainerPause(ctx, s.c.GetContainerID(), client.ContainerPauseOptions{})
+	return err
+}
+
+func (s *dockerServer) resume(ctx context.Context) error {
+	cli, err := connectDocker(ctx)
+	if err != nil {
+		return err
+	}
+	defer cli.Close()
+	_, err = cli.ContainerUnpause(ctx, s.c.GetContainerID(), client.ContainerUnpauseOptions{})
+	return err
 }
 
 var quietTestcontainers = sync.OnceFunc(func() { log.SetDefault(log.NewNoopLogger()) })
@@ -172,13 +243,7 @@ func containerOptions(host, port string, program ...string) []testcontainers.Con
 		testcontainers.WithLogger(log.NewNoopLogger()),
 		testcontainers.WithLabels(labels),
 		testcontainers.WithExposedPorts(port),
-		// The program stays process 1, as in any container, with a clock beside it.
-		testcontainers.WithEntrypoint(append([]string{
-			"sh", "-c", `(sleep ` + containerLife + `; kill -QUIT 1) & exec "$0" "$@"`,
-		}, program...)...),
-		testcontainers.WithConfigModifier(func(c *container.Config) {
-			c.StopSignal = "SIGINT" // a fast shutdown, which does not wait for clients
-		}),
+		testcontainers.WithEntrypoint(append([]string{"sh", "-c", processOne}, program...)...),
 		testcontainers.WithHostConfigModifier(func(h *container.HostConfig) {
 			h.ShmSize = 256 << 20 // the default, 64 MB, is little for parallel queries
 			if host == "localhost" || host == "127.0.0.1" {

@@ -23,6 +23,7 @@ import (
 	"os/exec"
 	"runtime"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -47,7 +48,7 @@ type Options struct {
 
 	// Settings are server settings by name. They are added to defaults that
 	// suit tests and win over them: fsync, synchronous_commit and
-	// full_page_writes are off (set them to on to test a crash),
+	// full_page_writes are off (see [Server.Crash] for what that loses),
 	// max_connections is 300.
 	Settings map[string]string
 
@@ -64,8 +65,22 @@ type Server struct {
 	// Kind says in one line, for humans, what is running and from where.
 	Kind string
 
-	stop      func() error
-	pgbouncer func(context.Context) (url string, stop func() error, err error)
+	mu      sync.Mutex // one fault at a time, and Stop after it
+	runs    runner
+	paused  bool
+	stopped bool
+	stopErr error
+}
+
+// runner is what a server runs in: a container, or a process of this machine. Its
+// methods are called one at a time, startPgBouncer excepted.
+type runner interface {
+	startPgBouncer(ctx context.Context) (url string, stop func() error, err error)
+	stop() error // a paused server too
+	crash(ctx context.Context) error
+	restart(ctx context.Context) error
+	pause(ctx context.Context) error
+	resume(ctx context.Context) error
 }
 
 // Start starts a server and waits until it accepts connections. Ctx bounds the
@@ -112,13 +127,18 @@ func Start(ctx context.Context, opts Options) (*Server, error) {
 	}
 }
 
-// Stop ends the server at once, open connections with it, and removes its data.
-// Further calls return what the first one did.
+// Stop ends the server at once, open connections with it, and removes its data. It
+// works on a paused server as well. Further calls return what the first one did.
 func (s *Server) Stop() error {
-	if err := s.stop(); err != nil {
-		return fmt.Errorf("pgserver: stop: %w", err)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !s.stopped {
+		s.stopped = true
+		if err := s.runs.stop(); err != nil {
+			s.stopErr = fmt.Errorf("pgserver: stop: %w", err)
+		}
 	}
-	return nil
+	return s.stopErr
 }
 
 // StartPgBouncer starts a PgBouncer in transaction mode in front of the server.
@@ -130,7 +150,7 @@ func (s *Server) Stop() error {
 // An installed PgBouncer older than 1.21 cannot track prepared statements. The url
 // then tells pgx to use none (default_query_exec_mode=cache_describe).
 func (s *Server) StartPgBouncer(ctx context.Context) (url string, stop func() error, err error) {
-	url, stop, err = s.pgbouncer(ctx)
+	url, stop, err = s.runs.startPgBouncer(ctx)
 	if err != nil {
 		return "", nil, fmt.Errorf("pgserver: pgbouncer: %w", err)
 	}

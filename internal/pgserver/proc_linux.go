@@ -1,8 +1,11 @@
 package pgserver
 
 import (
+	"bytes"
+	"fmt"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"syscall"
 )
 
@@ -29,4 +32,31 @@ func lockDir(dir string) (*os.File, error) {
 		return nil, err
 	}
 	return f, nil
+}
+
+// processes reads the process table. Processes that end meanwhile are left out.
+func processes() ([]processInfo, error) {
+	files, err := filepath.Glob("/proc/[0-9]*/stat")
+	if err != nil {
+		return nil, err
+	}
+	var all []processInfo
+	for _, file := range files {
+		stat, err := os.ReadFile(file)
+		if err != nil {
+			continue
+		}
+		// pid (name) state parent ...; the name may have anything in it
+		var p processInfo
+		var state string
+		if _, err := fmt.Sscan(string(stat), &p.pid); err != nil {
+			return nil, fmt.Errorf("%s: %w", file, err)
+		}
+		if _, err := fmt.Sscan(string(stat[bytes.LastIndexByte(stat, ')')+1:]), &state, &p.parent); err != nil {
+			return nil, fmt.Errorf("%s: %w", file, err)
+		}
+		p.stopped, p.zombie = state == "T", state == "Z" || state == "X"
+		all = append(all, p)
+	}
+	return all, nil
 }

@@ -3,7 +3,10 @@
 package pgserver
 
 import (
+	"bufio"
+	"bytes"
 	"errors"
+	"fmt"
 	"os"
 	"os/exec"
 )
@@ -14,3 +17,22 @@ func confine(*exec.Cmd, *account) {}
 
 // lockDir always fails here, so that no directory is ever taken for abandoned.
 func lockDir(string) (*os.File, error) { return nil, errors.ErrUnsupported }
+
+// processes reads the process table.
+func processes() ([]processInfo, error) {
+	out, err := exec.Command("ps", "-A", "-o", "pid=,ppid=,stat=").Output()
+	if err != nil {
+		return nil, fmt.Errorf("ps: %w", err)
+	}
+	var all []processInfo
+	for lines := bufio.NewScanner(bytes.NewReader(out)); lines.Scan(); {
+		var p processInfo
+		var state string
+		if _, err := fmt.Sscan(lines.Text(), &p.pid, &p.parent, &state); err != nil {
+			return nil, fmt.Errorf("ps: %q: %w", lines.Text(), err)
+		}
+		p.stopped, p.zombie = state[0] == 'T', state[0] == 'Z'
+		all = append(all, p)
+	}
+	return all, nil
+}
