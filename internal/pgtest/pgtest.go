@@ -204,15 +204,30 @@ func open(t testing.TB, url string) *DB {
 }
 
 // StartServer starts a server for this test alone, to be broken by it, and returns
-// it with a migrated database.
+// it with a migrated database. What was committed survives [pgserver.Server.Crash].
 func StartServer(t testing.TB) (*pgserver.Server, *DB) {
 	t.Helper()
-	s, err := pgserver.Start(t.Context(), options(t.Logf))
+	opts := options(t.Logf)
+	opts.Settings["synchronous_commit"] = "on"
+	s, err := pgserver.Start(t.Context(), opts)
 	require.NoError(t, err)
 	t.Cleanup(func() { require.NoError(t, s.Stop()) })
 	db := open(t, s.URL)
 	require.NoError(t, db.Store.Migrate(t.Context()))
 	return s, db
+}
+
+// Pause pauses a server until resume is called, or until the test ends: pools and
+// transactions that were opened before would wait for it when they are closed.
+func Pause(t testing.TB, s *pgserver.Server) (resume func()) {
+	t.Helper()
+	require.NoError(t, s.Pause(t.Context()))
+	resume = func() {
+		t.Helper()
+		require.NoError(t, s.Resume(context.WithoutCancel(t.Context())))
+	}
+	t.Cleanup(resume)
+	return resume
 }
 
 // ExamplePool stands for the pool that a service has, in examples. Its database is
