@@ -4,11 +4,14 @@ package pgserver
 
 import (
 	"bufio"
+	"context"
+	"errors"
 	"fmt"
 	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"syscall"
 	"testing"
 	"time"
 
@@ -22,31 +25,38 @@ import (
 // A killed test binary takes its server along, and the next one removes its data.
 func TestStart_installed_server_dies_with_its_process(t *testing.T) {
 	t.Parallel()
-	cmd := exec.CommandContext(t.Context(), os.Args[0])
-	cmd.Env = append(os.Environ(), asChild+"=1", "OUTBOX_PG_BINARIES=1")
-	cmd.Stderr = os.Stderr
-	stdout, err := cmd.StdoutPipe()
-	require.NoError(t, err)
-	require.NoError(t, cmd.Start())
-	var dir, url string
-	_, err = fmt.Fscanln(bufio.NewReader(stdout), &dir, &url)
-	require.NoError(t, err)
-	require.NoError(t, cmd.Process.Kill())
-	require.Error(t, cmd.Wait())
+	for _, state := range []string{running, paused} {
+		t.Run(state, func(t *testing.T) {
+			t.Parallel()
+			cmd := exec.CommandContext(t.Context(), os.Args[0])
+			cmd.Env = append(os.Environ(), asChild+"="+state, "OUTBOX_PG_BINARIES=1")
+			cmd.Stderr = os.Stderr
+			stdout, err := cmd.StdoutPipe()
+			require.NoError(t, err)
+			require.NoError(t, cmd.Start())
+			var dir, url string
+			_, err = fmt.Fscanln(bufio.NewReader(stdout), &dir, &url)
+			require.NoError(t, err)
+			require.NoError(t, cmd.Process.Kill())
+			require.Error(t, cmd.Wait())
 
-	require.Eventually(t, func() bool {
-		conn, err := pgx.Connect(t.Context(), url)
-		if err == nil {
-			conn.Close(t.Context())
-		}
-		return err != nil
-	}, 10*time.Second, 10*time.Millisecond, "the server ends")
+			require.Eventually(t, func() bool {
+				ctx, cancel := context.WithTimeout(t.Context(), time.Second) // a paused one does not answer
+				defer cancel()
+				conn, err := pgx.Connect(ctx, url)
+				if err == nil {
+					conn.Close(ctx)
+				}
+				return errors.Is(err, syscall.ECONNREFUSED)
+			}, 30*time.Second, 10*time.Millisecond, "the server ends")
 
-	removeAbandoned(filepath.Dir(dir))
-	require.DirExists(t, dir, "it is too young to be taken for abandoned")
-	old := time.Now().Add(-2 * time.Minute)
-	require.NoError(t, os.Chtimes(dir, old, old))
-	removeAbandoned(filepath.Dir(dir))
-	_, err = os.Stat(dir)
-	require.ErrorIs(t, err, fs.ErrNotExist)
+			removeAbandoned(filepath.Dir(dir))
+			require.DirExists(t, dir, "it is too young to be taken for abandoned")
+			old := time.Now().Add(-2 * time.Minute)
+			require.NoError(t, os.Chtimes(dir, old, old))
+			removeAbandoned(filepath.Dir(dir))
+			_, err = os.Stat(dir)
+			require.ErrorIs(t, err, fs.ErrNotExist)
+		})
+	}
 }

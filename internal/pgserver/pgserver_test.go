@@ -21,8 +21,12 @@ import (
 // where it can.
 
 // asChild has the test binary start a server, print its data directory and URL,
-// and wait to be killed.
-const asChild = "PGSERVER_TEST_CHILD"
+// and wait to be killed. Its value says whether the server is paused by then.
+const (
+	asChild = "PGSERVER_TEST_CHILD"
+	running = "running"
+	paused  = "paused"
+)
 
 func TestMain(m *testing.M) {
 	if os.Getenv(asChild) != "" {
@@ -192,6 +196,12 @@ func child() {
 	if err := conn.QueryRow(ctx, "SHOW data_directory").Scan(&data); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)
+	}
+	if os.Getenv(asChild) == paused {
+		if err := s.Pause(ctx); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
 	}
 	fmt.Println(filepath.Dir(data), s.URL)
 	select {}
