@@ -42,8 +42,8 @@ func (r *run) attempt(ctx context.Context, it *item) outbox.Settlement {
 	var permanent *permanentError
 	switch {
 	case err == nil:
-	case ctx.Err() != nil && !errors.As(err, &permanent) && (r.reconcile != nil || r.cfg.Delivery == AtLeastOnce):
-		// Cut off by the end of the relay, which is not the message's fault.
+	case errors.Is(ctx.Err(), context.Canceled) && !errors.As(err, &permanent) && (r.reconcile != nil || r.cfg.Delivery == AtLeastOnce):
+		// Cut off as the relay ends or the lease is lost, which is not the message's fault.
 		return outbox.Settlement{Verdict: outbox.HandedBack, Unknown: true}
 	default:
 		return r.judge(it, err)
@@ -51,13 +51,11 @@ func (r *run) attempt(ctx context.Context, it *item) outbox.Settlement {
 	return outbox.Settlement{Verdict: outbox.Delivered, Receipt: r.receipt(n, receipt)}
 }
 
-// send calls the sender, bounded by SendTimeout.
+// send calls the sender.
 func (r *run) send(ctx context.Context, n outbox.Notification) (receipt string, err error) {
 	defer r.recovered(n, &err)
-	timely, cancel := context.WithTimeout(ctx, r.cfg.SendTimeout)
-	defer cancel()
-	receipt, err = r.sender.Send(timely, n)
-	if err != nil && timely.Err() != nil {
+	receipt, err = r.sender.Send(ctx, n)
+	if err != nil && ctx.Err() != nil {
 		err = Unknown(fmt.Errorf("cut off, SendTimeout is %v: %w", r.cfg.SendTimeout, err))
 	}
 	return receipt, err
@@ -65,9 +63,7 @@ func (r *run) send(ctx context.Context, n outbox.Notification) (receipt string, 
 
 func (r *run) askReconciler(ctx context.Context, n outbox.Notification, version int64) (receipt string, delivered bool, err error) {
 	defer r.recovered(n, &err)
-	timely, cancel := context.WithTimeout(ctx, r.cfg.SendTimeout)
-	defer cancel()
-	return r.reconcile.Reconcile(timely, n, version)
+	return r.reconcile.Reconcile(ctx, n, version)
 }
 
 // recovered turns a panic into an error of unknown outcome.

@@ -242,7 +242,7 @@ func (r *run) claim(ctx context.Context, token outbox.Token, limit int) (int, er
 	began := time.Now()
 	res, err := r.queue.Claim(grace, outbox.ClaimOptions{
 		Limit: limit, Lease: r.cfg.Lease, Token: token, Types: r.cfg.Types, MaxAttempts: max(r.cfg.MaxAttempts, 0),
-		AtMostOnce: r.cfg.Delivery == AtMostOnce, Reconcile: r.reconcile != nil,
+		AtMostOnce: r.cfg.Delivery == AtMostOnce, Reconcile: r.reconcile != nil, Except: r.overdue(),
 	})
 	if err != nil {
 		return 0, err
@@ -261,6 +261,20 @@ func (r *run) claim(ctx context.Context, token outbox.Token, limit int) (int, er
 	r.mu.Unlock()
 	signal(r.toSend)
 	return len(res.Claimed) + len(res.Failed), nil
+}
+
+// overdue returns the rows of this relay whose leases may end before a claim does: after
+// an outage, or while a caller holds them. They are not to be sent again by the one
+// that knows their result.
+func (r *run) overdue() (ids []int64) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for it := range r.live {
+		if leaseLeft(it) < r.callTimeout() {
+			ids = append(ids, it.ID)
+		}
+	}
+	return ids
 }
 
 // callTimeout bounds each call of the queue, so that a dead connection does not
@@ -284,12 +298,12 @@ func (r *run) dispatch(ctx, sendCtx context.Context) {
 			<-r.slots
 			continue
 		}
-		sendOne, cancel := context.WithCancel(sendCtx)
+		timely, cancel := context.WithTimeout(sendCtx, r.cfg.SendTimeout)
 		r.mu.Lock()
 		it.cancel = cancel
 		r.sending++
 		r.mu.Unlock()
-		go r.deliver(sendOne, it)
+		go r.deliver(timely, it)
 	}
 }
 
