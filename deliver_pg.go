@@ -245,15 +245,16 @@ const (
 	LeaseStale LeaseResult = "stale"
 )
 
-// leasedSQL locks the row of one lease, g, if it is free. It is joined by LATERAL
-// with a limit, so that there is one plan: by the id's index, row for row.
-const leasedSQL = `CROSS JOIN LATERAL (
-		SELECT t.ctid AS tid, coalesce(t.lease_version, t.version) AS leased, coalesce(t.lease_version = t.version, true) AS current
-		FROM {table} AS t
-		WHERE t.id = g.id AND t.lease_token = g.token AND t.status = 'pending'
-		LIMIT 1
-		FOR UPDATE SKIP LOCKED
-	) AS o`
+// leasedSQL is where the rows of the leases in given are, as far as they are free, and
+// locks them. The subquery with a limit, and the array, leave the planner one way:
+// row for row by the id's index, then by ctid, which the locks keep in place.
+const leasedSQL = `ARRAY(
+		SELECT o.ctid FROM given AS g CROSS JOIN LATERAL (
+			SELECT ctid FROM {table}
+			WHERE id = g.id AND lease_token = g.token AND status = 'pending'
+			LIMIT 1
+			FOR UPDATE SKIP LOCKED
+		) AS o)`
 
 // exceptionsSQL tells, of the leases in given that are not in done, whether their
 // rows were locked by others or are no longer theirs.
@@ -266,15 +267,13 @@ const exceptionsSQL = `SELECT g.n, CASE WHEN EXISTS (
 const extendSQL = `
 WITH given AS MATERIALIZED (
 	SELECT * FROM ROWS FROM (pg_catalog.unnest($1::bigint[]), pg_catalog.unnest($2::uuid[])) WITH ORDINALITY AS g (id, token, n)
-), mine AS MATERIALIZED (
-	SELECT g.n, o.tid FROM given AS g ` + leasedSQL + `
 ), done AS (
 	UPDATE {table} AS t SET
 		lease_until = pg_catalog.clock_timestamp() + $3::bigint * interval '1 microsecond',
 		locked_at   = coalesce(t.locked_at, pg_catalog.now())
-	FROM mine
-	WHERE t.ctid = mine.tid AND t.ctid = ANY (ARRAY(SELECT tid FROM mine))
-	RETURNING mine.n
+	FROM given AS g
+	WHERE t.id = g.id AND t.ctid = ANY (` + leasedSQL + `)
+	RETURNING g.n
 )
 ` + exceptionsSQL
 
@@ -332,35 +331,37 @@ type Settlement struct {
 // A row that was refreshed while it was leased has a version above the leased one;
 // then, whatever the verdict, it stays pending, with all its attempts before it and
 // due as the refresh said. A refresh that changed no content may have put off the
-// row: a retry is due no sooner.
+// row: a retry is due no sooner. As a claim counts an attempt, a row that is pending
+// with none was superseded.
 const settleSQL = `
 WITH given AS MATERIALIZED (
 	SELECT * FROM ROWS FROM (pg_catalog.unnest($1::bigint[]), pg_catalog.unnest($2::uuid[]), pg_catalog.unnest($3::text[]),
 		pg_catalog.unnest($4::text[]), pg_catalog.unnest($5::text[]), pg_catalog.unnest($6::bigint[]), pg_catalog.unnest($7::bool[]))
 		WITH ORDINALITY AS g (id, token, verdict, receipt, error, retry_in, unknown, n)
-), mine AS MATERIALIZED (
-	SELECT g.n, g.verdict, g.receipt, g.error, g.retry_in, g.unknown, o.tid, o.current, o.leased FROM given AS g ` + leasedSQL + `
 ), done AS (
 	UPDATE {table} AS t SET
-		status        = CASE WHEN current AND verdict = 'delivered' THEN 'sent' WHEN current AND verdict = 'failed' THEN 'failed' ELSE 'pending' END,
-		attempts      = CASE WHEN NOT current THEN 0 WHEN verdict = 'handback' THEN greatest(attempts - 1, 0) ELSE attempts END,
-		next_retry_at = CASE WHEN NOT current OR verdict = 'handback' THEN next_retry_at
+		status        = CASE WHEN ` + supersededSQL + ` THEN 'pending' WHEN verdict = 'delivered' THEN 'sent' WHEN verdict = 'failed' THEN 'failed' ELSE 'pending' END,
+		attempts      = CASE WHEN ` + supersededSQL + ` THEN 0 WHEN verdict = 'handback' THEN greatest(attempts - 1, 0) ELSE attempts END,
+		next_retry_at = CASE WHEN ` + supersededSQL + ` OR verdict = 'handback' THEN next_retry_at
 			WHEN verdict = 'retry' THEN greatest(next_retry_at, pg_catalog.clock_timestamp() + retry_in * interval '1 microsecond') END,
-		last_error    = CASE WHEN verdict IN ('retry', 'failed') THEN mine.error ELSE last_error END,
-		sent_version  = CASE WHEN verdict = 'delivered' THEN leased ELSE sent_version END,
-		receipt       = CASE WHEN verdict = 'delivered' THEN mine.receipt ELSE t.receipt END,
-		sent_at       = CASE WHEN verdict = 'delivered' AND current THEN pg_catalog.clock_timestamp() ELSE sent_at END,
+		last_error    = CASE WHEN verdict IN ('retry', 'failed') THEN g.error ELSE last_error END,
+		sent_version  = CASE WHEN verdict = 'delivered' THEN coalesce(lease_version, version) ELSE sent_version END,
+		receipt       = CASE WHEN verdict = 'delivered' THEN g.receipt ELSE t.receipt END,
+		sent_at       = CASE WHEN verdict = 'delivered' AND NOT ` + supersededSQL + ` THEN pg_catalog.clock_timestamp() ELSE sent_at END,
 		locked_at     = NULL,
 		lease_until   = NULL,
 		lease_token   = CASE WHEN unknown THEN lease_token END,
 		lease_version = CASE WHEN unknown THEN lease_version END
-	FROM mine
-	WHERE t.ctid = mine.tid AND t.ctid = ANY (ARRAY(SELECT tid FROM mine))
-	RETURNING mine.n, mine.current
+	FROM given AS g
+	WHERE t.id = g.id AND t.ctid = ANY (` + leasedSQL + `)
+	RETURNING g.n, g.verdict <> 'handback' AND t.status = 'pending' AND t.attempts = 0 AS superseded
 )
-SELECT n, 'superseded' FROM done WHERE NOT current
+SELECT n, 'superseded' FROM done WHERE superseded
 UNION ALL
 ` + exceptionsSQL
+
+// supersededSQL: the row was refreshed since it was claimed.
+const supersededSQL = `(version <> coalesce(lease_version, version))`
 
 // Settle ends leases, each as its verdict says if its token still matches, and
 // returns what became of each, in the order given. It runs on the store's pool in

@@ -16,6 +16,7 @@ import (
 const (
 	firstPause  = 5 * time.Millisecond // between two claims, after one that found something
 	maxSettle   = 1000                 // rows in one statement
+	gatherTime  = time.Millisecond     // for results to come together, while more is being sent
 	claimGrace  = time.Second          // for a claim to end by itself when ctx has ended
 	heedTime    = time.Second          // for a Send to heed the end of its ctx
 	closingTime = 5 * time.Second      // for noting the last results
@@ -36,32 +37,32 @@ type item struct {
 
 // run is one call of Run or RunOnce.
 //
-// One goroutine claims, one takes waiting rows to be sent, one settles and one
-// renews leases, and each Send has its own. While a batch is being sent the next is
-// being claimed and the last one settled.
+// One goroutine claims, Concurrency of them send, one settles and one renews leases.
+// While a batch is being sent the next is being claimed and the last one settled.
 type run struct {
 	*Relay
-	slots chan struct{} // one element for each message being sent
 
 	// Each holds one signal: there is something to send, to settle, room to claim for,
 	// or less under way.
 	toSend, toSettle, room, progress chan struct{}
 
 	mu        sync.Mutex
-	live      map[*item]struct{} // all that is waiting, being sent or finished
+	live      map[*item]struct{} // all that is waiting, taken or finished
 	waiting   []*item            // to be sent, in this order
-	sending   int
-	finished  []*item // to be settled, in this order
-	unsettled int     // finished, and what is being settled just now
-	closed    bool    // nothing more will be claimed
-	failing   bool    // the last settle failed
-	settled   int     // rows, since the start
+	taken     int                // from waiting, and not yet finished or put back
+	finished  []*item            // to be settled, in this order
+	unsettled int                // finished, and what is being settled just now
+	workers   int
+	closed    bool // nothing more will be claimed
+	ended     bool // nothing more will be sent
+	failing   bool // the last settle failed
+	settled   int  // rows, since the start
 }
 
 func newRun(r *Relay) *run {
 	signal := func() chan struct{} { return make(chan struct{}, 1) }
 	return &run{
-		Relay: r, slots: make(chan struct{}, r.cfg.Concurrency), live: make(map[*item]struct{}),
+		Relay: r, live: make(map[*item]struct{}),
 		toSend: signal(), toSettle: signal(), room: signal(), progress: signal(),
 	}
 }
@@ -84,23 +85,22 @@ func (r *run) do(ctx context.Context, claim func(context.Context) error) error {
 	var others sync.WaitGroup
 	others.Go(func() { r.settle(background) })
 	others.Go(func() { r.renew(background) })
-	dispatched := make(chan struct{})
-	go func() {
-		defer close(dispatched)
-		r.dispatch(ctx, sendCtx)
-	}()
+	r.workers = r.cfg.Concurrency
+	for range r.cfg.Concurrency {
+		go r.work(ctx, sendCtx)
+	}
 
 	err := claim(ctx)
 	r.mu.Lock()
 	r.closed = true
 	r.mu.Unlock()
 	signal(r.toSend)
-	<-dispatched
+	r.await(ctx, func() bool { return len(r.waiting) == 0 && r.taken == 0 })
 	r.handBack()
 
 	heed, cancel := afterwards(ctx, r.cfg.ShutdownTimeout+heedTime)
 	defer cancel()
-	r.await(heed, func() bool { return r.sending == 0 })
+	r.await(heed, func() bool { return r.taken == 0 })
 	closing, cancel := afterwards(ctx, closingTime)
 	defer cancel()
 	closing, cancel = context.WithTimeout(closing, r.cfg.Lease)
@@ -108,11 +108,12 @@ func (r *run) do(ctx context.Context, claim func(context.Context) error) error {
 	r.await(closing, func() bool { return r.unsettled == 0 })
 	stop()
 	others.Wait()
+	r.await(closing, func() bool { return r.workers == r.taken })
 
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.sending > 0 {
-		err = errors.Join(err, fmt.Errorf("relay: %d deliveries did not end, their outcome is unknown", r.sending))
+	if r.taken > 0 {
+		err = errors.Join(err, fmt.Errorf("relay: %d deliveries did not end, their outcome is unknown", r.taken))
 	}
 	if r.unsettled > 0 {
 		err = errors.Join(err, fmt.Errorf("relay: the results of %d deliveries could not be noted", r.unsettled))
@@ -281,29 +282,30 @@ func (r *run) overdue() (ids []int64) {
 // cost the leases.
 func (r *run) callTimeout() time.Duration { return r.cfg.Lease / 3 }
 
-// dispatch has waiting rows sent until none will come any more, or ctx ends.
-func (r *run) dispatch(ctx, sendCtx context.Context) {
+// work sends waiting rows until none will come any more, or ctx ends.
+func (r *run) work(ctx, sendCtx context.Context) {
+	over := false
+	defer func() {
+		if !over { // the sender called runtime.Goexit
+			go r.work(ctx, sendCtx)
+			return
+		}
+		r.mu.Lock()
+		r.workers--
+		r.mu.Unlock()
+		signal(r.toSend) // for the next one to end
+		signal(r.progress)
+	}()
 	trouble := outage{log: r.log, doing: "renew a lease"}
 	for {
-		select {
-		case r.slots <- struct{}{}:
-		case <-ctx.Done():
-			return
-		}
 		it := r.next(ctx)
 		if it == nil {
+			over = true
 			return
 		}
-		if !r.ready(ctx, it, &trouble) {
-			<-r.slots
-			continue
+		if r.ready(ctx, it, &trouble) {
+			r.deliver(sendCtx, it)
 		}
-		timely, cancel := context.WithTimeout(sendCtx, r.cfg.SendTimeout)
-		r.mu.Lock()
-		it.cancel = cancel
-		r.sending++
-		r.mu.Unlock()
-		go r.deliver(timely, it)
 	}
 }
 
@@ -311,24 +313,11 @@ func (r *run) dispatch(ctx, sendCtx context.Context) {
 // come, or ctx ends.
 func (r *run) next(ctx context.Context) *item {
 	for ctx.Err() == nil {
-		wait := time.Duration(-1)
-		r.mu.Lock()
-		for i, it := range r.waiting {
-			if d := time.Until(it.notBefore); it.notBefore.IsZero() || d <= 0 {
-				if i == 0 {
-					r.waiting = r.waiting[1:]
-				} else {
-					r.waiting = slices.Delete(r.waiting, i, i+1)
-				}
-				if len(r.waiting) <= r.cfg.BatchSize/2 {
-					signal(r.room)
-				}
-				r.mu.Unlock()
-				return it
-			} else if wait < 0 || d < wait {
-				wait = d
-			}
+		it, wait := r.take()
+		if it != nil {
+			return it
 		}
+		r.mu.Lock()
 		over := r.closed && len(r.waiting) == 0
 		r.mu.Unlock()
 		if over {
@@ -337,6 +326,38 @@ func (r *run) next(ctx context.Context) *item {
 		waitFor(ctx, r.toSend, wait)
 	}
 	return nil
+}
+
+// take takes the first waiting row that may be tried. Where there is none, it says
+// how long to wait for one, -1 if none waits.
+func (r *run) take() (it *item, wait time.Duration) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	wait = -1
+	for i, it := range r.waiting {
+		if !it.notBefore.IsZero() {
+			if d := time.Until(it.notBefore); d > 0 {
+				if wait < 0 || d < wait {
+					wait = d
+				}
+				continue
+			}
+		}
+		if i == 0 {
+			r.waiting = r.waiting[1:]
+		} else {
+			r.waiting = slices.Delete(r.waiting, i, i+1)
+		}
+		r.taken++
+		if len(r.waiting) > 0 {
+			signal(r.toSend) // for another worker
+		}
+		if len(r.waiting) <= r.cfg.BatchSize/2 {
+			signal(r.room)
+		}
+		return it, 0
+	}
+	return nil, wait
 }
 
 // waitFor waits for a signal, at most for d unless that is negative, or until ctx ends.
@@ -374,7 +395,8 @@ func (r *run) ready(ctx context.Context, it *item, trouble *outage) bool {
 		left := leaseLeft(it)
 		r.mu.Unlock()
 		if !mine {
-			return false // the lease was lost meanwhile
+			r.untake() // the lease was lost meanwhile
+			return false
 		}
 		if left >= min(r.cfg.SendTimeout, r.cfg.Lease/2) {
 			break
@@ -401,6 +423,7 @@ func (r *run) ready(ctx context.Context, it *item, trouble *outage) bool {
 	n := &it.Notification
 	if !n.NotAfter.IsZero() && !it.Expired && time.Since(it.claimed) >= n.NotAfter.Sub(n.LockedAt) {
 		r.finish(it, outbox.Settlement{Verdict: outbox.Failed, Error: "expired: not delivered before " + n.NotAfter.String()})
+		r.untake()
 		return false
 	}
 	return true
@@ -417,12 +440,26 @@ func leaseLeft(it *item) time.Duration {
 // wait puts it back behind those that wait to be sent, for d.
 func (r *run) wait(it *item, d time.Duration) {
 	r.mu.Lock()
-	if _, mine := r.live[it]; mine {
+	_, mine := r.live[it]
+	ended := r.ended
+	if mine && !ended {
 		it.notBefore = time.Now().Add(d)
 		r.waiting = append(r.waiting, it)
 	}
 	r.mu.Unlock()
+	if mine && ended {
+		r.finish(it, handedBack(it))
+	}
+	r.untake()
 	signal(r.toSend)
+}
+
+// untake says that a row that was taken has been finished or put back.
+func (r *run) untake() {
+	r.mu.Lock()
+	r.taken--
+	r.mu.Unlock()
+	signal(r.progress)
 }
 
 // heldPause is how long to leave a row alone that a caller holds, the n-th time.
@@ -430,33 +467,38 @@ func heldPause(n int) time.Duration { return min(5*time.Millisecond<<min(n, 10),
 
 // deliver sends one message. Whatever the sender does, it ends with a settlement.
 func (r *run) deliver(ctx context.Context, it *item) {
+	ctx, cancel := context.WithTimeout(ctx, r.cfg.SendTimeout)
+	r.mu.Lock()
+	it.cancel = cancel
+	r.mu.Unlock()
 	var st outbox.Settlement
 	returned := false
 	defer func() {
 		if !returned { // the sender called runtime.Goexit
 			st = r.judge(it, errGoexit)
 		}
-		it.cancel()
+		cancel()
 		r.finish(it, st)
-		r.mu.Lock()
-		r.sending--
-		r.mu.Unlock()
-		signal(r.progress)
-		<-r.slots
+		r.untake()
 	}()
 	st = r.attempt(ctx, it)
 	returned = true
 }
 
-// handBack gives back what still waits.
+// handBack gives back what still waits, and has all that is put back given back, too.
 func (r *run) handBack() {
 	r.mu.Lock()
+	r.ended = true
 	waiting := r.waiting
 	r.waiting = nil
 	r.mu.Unlock()
 	for _, it := range waiting {
-		r.finish(it, outbox.Settlement{Verdict: outbox.HandedBack, Unknown: it.UnknownVersion > 0})
+		r.finish(it, handedBack(it))
 	}
+}
+
+func handedBack(it *item) outbox.Settlement {
+	return outbox.Settlement{Verdict: outbox.HandedBack, Unknown: it.UnknownVersion > 0}
 }
 
 // finish has it settled.
@@ -479,6 +521,9 @@ func (r *run) settle(ctx context.Context) {
 		batch, wait := r.takeFinished(limit)
 		if len(batch) == 0 {
 			waitFor(ctx, r.toSettle, wait)
+			if r.busy() {
+				_ = sleep(ctx, gatherTime)
+			}
 			continue
 		}
 		settlements := make([]outbox.Settlement, len(batch))
@@ -503,6 +548,13 @@ func (r *run) settle(ctx context.Context) {
 		limit = min(2*limit, maxSettle)
 		r.noteSettled(batch, results)
 	}
+}
+
+// busy reports whether more is being sent.
+func (r *run) busy() bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return len(r.waiting)+r.taken > 0
 }
 
 // takeFinished takes up to limit rows that are to be settled now; where there are
