@@ -673,7 +673,6 @@ func TestRunOnce(t *testing.T) {
 func TestSender(t *testing.T) {
 	t.Parallel()
 	busy := errors.New("busy")
-	var nilError *customError
 	long := strings.Repeat("ä", 3000)
 	hour := func(int) time.Duration { return time.Hour }
 	for name, c := range map[string]struct {
@@ -716,8 +715,8 @@ func TestSender(t *testing.T) {
 			want: outbox.Settlement{Verdict: outbox.Retry, Error: "panic: panic called with nil argument", RetryIn: time.Hour, Unknown: true}},
 		"a_goexit_too": {send: func(context.Context, outbox.Notification) (string, error) { runtime.Goexit(); return "", nil }, cfg: relay.Config{Backoff: hour},
 			want: outbox.Settlement{Verdict: outbox.Retry, Error: "the sender ended its goroutine", RetryIn: time.Hour, Unknown: true}},
-		"an_error_whose_text_panics": {send: fails(nilError), cfg: relay.Config{Backoff: hour},
-			want: outbox.Settlement{Verdict: outbox.Retry, Error: "an error of type *relay_test.customError whose Error method panicked", RetryIn: time.Hour}},
+		"an_error_whose_text_panics": {send: fails(panickingError{}), cfg: relay.Config{Backoff: hour},
+			want: outbox.Settlement{Verdict: outbox.Retry, Error: "an error of type relay_test.panickingError whose Error method panicked", RetryIn: time.Hour}},
 		"what_PostgreSQL_cannot_keep_is_replaced_in_an_error": {send: fails(errors.New("a\x00b\xffc")), cfg: relay.Config{Backoff: hour},
 			want: outbox.Settlement{Verdict: outbox.Retry, Error: "a\uFFFDb\uFFFDc", RetryIn: time.Hour}},
 		"a_long_error_is_cut_between_characters": {send: fails(errors.New("x" + long)), cfg: relay.Config{Backoff: hour},
@@ -746,9 +745,9 @@ func TestSender(t *testing.T) {
 	})
 }
 
-type customError struct{ text string }
+type panickingError struct{}
 
-func (e *customError) Error() string { return e.text }
+func (panickingError) Error() string { panic("oh no") }
 
 func TestBackoff(t *testing.T) {
 	t.Parallel()

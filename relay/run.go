@@ -183,7 +183,7 @@ func (r *run) claimOn(ctx context.Context) error {
 		found, err := r.claim(ctx, token, limit)
 		switch {
 		case err != nil && ctx.Err() != nil:
-			return nil
+			continue // which ends the loop
 		case errors.Is(err, outbox.ErrInvalid), errors.Is(err, outbox.ErrSetup) && !ever:
 			return err
 		case err != nil:

@@ -14,9 +14,9 @@ type Sender interface {
 	// Send delivers n and returns the provider's id of the message, which is kept
 	// on the row as its Receipt; "" is fine.
 	//
-	// n is the row as it was when the relay claimed it. n.SentVersion > 0 says that
-	// an earlier version has been delivered, as n.Receipt: the sender may edit that
-	// message in place of sending another.
+	// n is the row as it was when the relay claimed it. With 0 < n.SentVersion <
+	// n.Version an earlier version has been delivered, as n.Receipt: the sender may
+	// edit that message in place of sending another.
 	//
 	// Any error is a failed attempt, to be repeated by [Config].Backoff, unless it
 	// holds one made by [Permanent], [RetryAfter] or [Unknown], however wrapped or
