@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/rand"
 	"encoding/hex"
+	"math"
 	"slices"
 	"time"
 
@@ -162,8 +163,8 @@ func (s *PGStore) Claim(ctx context.Context, opts ClaimOptions) (ClaimResult, er
 		return ClaimResult{}, invalid("Limit", "%d is not positive", opts.Limit)
 	case opts.Lease < time.Microsecond:
 		return ClaimResult{}, invalid("Lease", "%v is not positive", opts.Lease)
-	case opts.MaxAttempts < 0:
-		return ClaimResult{}, invalid("MaxAttempts", "%d is negative", opts.MaxAttempts)
+	case opts.MaxAttempts < 0 || opts.MaxAttempts > math.MaxInt32:
+		return ClaimResult{}, invalid("MaxAttempts", "%d is not between 0 and %d", opts.MaxAttempts, math.MaxInt32)
 	}
 	if opts.Types != nil && len(opts.Types) == 0 {
 		return ClaimResult{}, invalid("Types", "empty but not nil: nothing could be claimed")

@@ -16,3 +16,8 @@ const MaybeNotJSONBSQL = `(payload_json::text ~ ` + maybeNotJSONBRegex + ` OR
 func (s *PGStore) AddSQL(k Key) string         { return s.sql.add[k.shape()] }
 func (s *PGStore) InsertManySQL(k Key) string  { return s.sql.insert[k.shape()] }
 func (s *PGStore) RefreshManySQL(k Key) string { return s.sql.refresh[k.shape()] }
+
+// ClaimSQL, ExtendSQL and SettleSQL are the statements of delivery.
+func (s *PGStore) ClaimSQL() string  { return s.sql.claim }
+func (s *PGStore) ExtendSQL() string { return s.sql.extend }
+func (s *PGStore) SettleSQL() string { return s.sql.settle }

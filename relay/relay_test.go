@@ -711,8 +711,6 @@ func TestSender(t *testing.T) {
 			want: outbox.Settlement{Verdict: outbox.Retry, Error: "busy", RetryIn: time.Hour}},
 		"a_panic_is_that_messages_failure": {send: func(context.Context, outbox.Notification) (string, error) { panic("oh no") }, cfg: relay.Config{Backoff: hour},
 			want: outbox.Settlement{Verdict: outbox.Retry, Error: "panic: oh no", RetryIn: time.Hour, Unknown: true}},
-		"a_panic_with_nil_too": {send: func(context.Context, outbox.Notification) (string, error) { panic(nil) }, cfg: relay.Config{Backoff: hour},
-			want: outbox.Settlement{Verdict: outbox.Retry, Error: "panic: panic called with nil argument", RetryIn: time.Hour, Unknown: true}},
 		"a_goexit_too": {send: func(context.Context, outbox.Notification) (string, error) { runtime.Goexit(); return "", nil }, cfg: relay.Config{Backoff: hour},
 			want: outbox.Settlement{Verdict: outbox.Retry, Error: "the sender ended its goroutine", RetryIn: time.Hour, Unknown: true}},
 		"an_error_whose_text_panics": {send: fails(panickingError{}), cfg: relay.Config{Backoff: hour},
