@@ -85,7 +85,9 @@ func (r *run) judge(it *item, err error) outbox.Settlement {
 		return outbox.Settlement{Verdict: outbox.Failed, Error: text}
 	}
 	attempt, limit := it.Notification.Attempts, r.cfg.MaxAttempts
-	unknown := outcomeUnknown(err)
+	var after *retryAfterError
+	answered := errors.As(err, &after) // by the provider, so the outcome is known
+	unknown := !answered && outcomeUnknown(err)
 	switch {
 	case unknown && r.reconcile != nil && (limit < 0 || attempt <= limit):
 		// The claim after the last attempt is for asking.
@@ -95,8 +97,7 @@ func (r *run) judge(it *item, err error) outbox.Settlement {
 		return outbox.Settlement{Verdict: outbox.Failed, Error: text}
 	}
 	wait := r.backoff(max(attempt, 1))
-	var after *retryAfterError
-	if errors.As(err, &after) {
+	if answered {
 		wait = max(wait, after.after)
 	}
 	return outbox.Settlement{Verdict: outbox.Retry, Error: text, RetryIn: wait, Unknown: unknown}

@@ -694,6 +694,8 @@ func TestSender(t *testing.T) {
 			want: outbox.Settlement{Verdict: outbox.Retry, Error: "telegram: busy", RetryIn: 2 * time.Hour}},
 		"and_not_a_ceiling": {send: fails(errors.Join(busy, relay.RetryAfter(busy, time.Minute))), cfg: relay.Config{Backoff: hour},
 			want: outbox.Settlement{Verdict: outbox.Retry, Error: "busy\nbusy", RetryIn: time.Hour}},
+		"retry_after_says_that_the_outcome_is_known": {send: fails(relay.Unknown(relay.RetryAfter(busy, time.Minute))), cfg: relay.Config{Backoff: hour, Delivery: relay.AtMostOnce},
+			want: outbox.Settlement{Verdict: outbox.Retry, Error: "busy", RetryIn: time.Hour}},
 		"the_last_attempt_fails_for_good": {send: fails(busy), cfg: relay.Config{MaxAttempts: 1},
 			want: outbox.Settlement{Verdict: outbox.Failed, Error: "busy"}},
 		"no_attempt_is_the_last_where_they_are_unlimited": {send: fails(busy), cfg: relay.Config{MaxAttempts: -1, Backoff: hour},

@@ -67,8 +67,9 @@ func (e *permanentError) Error() string { return e.err.Error() }
 func (e *permanentError) Unwrap() error { return e.err }
 
 // RetryAfter says that the provider asked to wait at least d: the row is due
-// again after d, or after its backoff if that is longer. It does not slow the other
-// rows, for which see [Config].Limiter. RetryAfter(nil, d) is nil.
+// again after d, or after its backoff if that is longer. As the provider answered,
+// the message counts as not delivered. It does not slow the other rows, for which see
+// [Config].Limiter. RetryAfter(nil, d) is nil.
 func RetryAfter(err error, d time.Duration) error {
 	if err == nil {
 		return nil
@@ -86,8 +87,9 @@ func (e *retryAfterError) Unwrap() error { return e.err }
 
 // Unknown says that err leaves open whether the provider has accepted the message, as
 // when the connection broke after the request was written. A timeout and a panic
-// count as such without it. AtLeastOnce tries again, and a [Reconciler] is asked
-// first; AtMostOnce without one fails the row. Unknown(nil) is nil.
+// count as such without it; any other error says that the message was not delivered.
+// AtLeastOnce tries again, and a [Reconciler] is asked first; AtMostOnce without one
+// fails the row. Unknown(nil) is nil.
 func Unknown(err error) error {
 	if err == nil {
 		return nil
