@@ -540,3 +540,47 @@ func TestAdoption(t *testing.T) {
 		require.NoError(t, tx.Commit(t.Context()))
 	})
 }
+
+// TestUpgrade is about a table that an earlier version of the library has made.
+func TestUpgrade(t *testing.T) {
+	t.Parallel()
+	firstVersion := func(t *testing.T) *pgtest.DB {
+		db := pgtest.NewEmptyDB(t)
+		sql, err := migrations.FS.ReadFile("0001_outbox_notifications.up.sql")
+		require.NoError(t, err)
+		db.MustExec(t, string(sql))
+		db.MustExec(t, "INSERT INTO outbox_notifications (type, booking_id) SELECT 'reject', i FROM generate_series(1, 10) i")
+		return db
+	}
+	const (
+		due    = `CREATE INDEX CONCURRENTLY outbox_notifications_due ON outbox_notifications ((coalesce(next_retry_at, created_at, '-infinity'::timestamptz)), id) WHERE status = 'pending'`
+		failed = `CREATE INDEX CONCURRENTLY outbox_notifications_failed ON outbox_notifications (id) WHERE status = 'failed'`
+		nodes  = "SELECT string_agg(relname || ' ' || relfilenode, ',' ORDER BY relname) FROM pg_class WHERE relname IN ('outbox_notifications_due', 'outbox_notifications_failed')"
+	)
+	t.Run("keeps_the_rows_and_delivers_them", func(t *testing.T) {
+		t.Parallel()
+		db := firstVersion(t)
+		require.NoError(t, outbox.Migrate(t.Context(), db.Pool))
+		require.Len(t, claim(t, db, outbox.ClaimOptions{}).Claimed, 10)
+	})
+	t.Run("uses_indexes_built_beforehand", func(t *testing.T) {
+		t.Parallel()
+		db := firstVersion(t)
+		db.MustExec(t, due)
+		db.MustExec(t, failed)
+		before := pgtest.One[string](t, db, nodes)
+		require.NoError(t, outbox.Migrate(t.Context(), db.Pool))
+		require.Equal(t, before, pgtest.One[string](t, db, nodes))
+	})
+	t.Run("replaces_an_index_that_failed_to_build", func(t *testing.T) {
+		t.Parallel()
+		db := firstVersion(t)
+		db.MustExec(t, due)
+		db.MustExec(t, failed)
+		before := pgtest.One[string](t, db, nodes)
+		db.MustExec(t, "UPDATE pg_index SET indisvalid = false WHERE indexrelid IN ('outbox_notifications_due'::regclass, 'outbox_notifications_failed'::regclass)")
+		require.NoError(t, outbox.Migrate(t.Context(), db.Pool))
+		require.NotEqual(t, before, pgtest.One[string](t, db, nodes))
+		require.Equal(t, 2, pgtest.One[int](t, db, "SELECT count(*) FROM pg_index WHERE indisvalid AND indexrelid IN ('outbox_notifications_due'::regclass, 'outbox_notifications_failed'::regclass)"))
+	})
+}
