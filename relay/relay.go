@@ -187,8 +187,8 @@ func setDefault[T comparable](v *T, def T) {
 // defaultBackoff is 10 s, doubled up to 1 h, ±20 %.
 func defaultBackoff(attempt int) time.Duration {
 	d := time.Hour
-	if attempt < 10 { // 10 s << 9 is over an hour
-		d = min(d, 10*time.Second<<max(attempt-1, 0))
+	if attempt < 10 { // from the tenth on it would be more
+		d = 10 * time.Second << max(attempt-1, 0)
 	}
 	return time.Duration(float64(d) * (0.8 + 0.4*rand.Float64()))
 }
