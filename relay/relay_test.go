@@ -236,6 +236,22 @@ func TestRun(t *testing.T) {
 		require.Equal(t, outbox.StatusSent, q.row(1).Status)
 	})
 
+	bubble("goes_on_with_the_others_when_a_sender_panics_or_ends_its_goroutine", func(t *testing.T) {
+		q := newFakeQueue(4)
+		stop := start(t, newRelay(t, q, relay.SenderFunc(func(_ context.Context, n outbox.Notification) (string, error) {
+			switch n.ID {
+			case 1:
+				runtime.Goexit()
+			case 2:
+				panic("oh no")
+			}
+			return "", nil
+		}), relay.Config{Concurrency: 1}))
+		advance(time.Second)
+		require.Equal(t, 2, q.count(outbox.StatusSent))
+		require.NoError(t, stop())
+	})
+
 	bubble("renews_the_leases_of_what_waits_and_of_what_is_being_sent", func(t *testing.T) {
 		q := newFakeQueue(3)
 		var order []int64

@@ -105,7 +105,6 @@ func (e *unknownError) Unwrap() error { return e.err }
 // outcomeUnknown reports whether err leaves open what the provider did.
 func outcomeUnknown(err error) bool {
 	var unknown *unknownError
-	var timeout net.Error
-	return errors.As(err, &unknown) || errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled) ||
-		errors.As(err, &timeout) && timeout.Timeout()
+	var timeout net.Error // context.DeadlineExceeded is one
+	return errors.As(err, &unknown) || errors.Is(err, context.Canceled) || errors.As(err, &timeout) && timeout.Timeout()
 }
