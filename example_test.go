@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log"
 	"log/slog"
+	"time"
 
 	"github.com/jackc/pgx/v5"
 
@@ -83,6 +84,51 @@ func ExamplePGStore_AddNotifications() {
 	// "reminder" booking 8 candidate 43 created version 2
 	// "reminder" booking 7 candidate 42 created version 1
 	// "reminder" booking 8 candidate 43 refreshed version 2
+}
+
+func ExamplePGStore_RequeueMatching() {
+	ctx := context.Background()
+	pool, drop := pgtest.ExamplePool(ctx)
+	defer drop()
+	store, err := outbox.NewPGStore(pool, outbox.Config{Logger: slog.New(slog.DiscardHandler)})
+	if err != nil {
+		log.Fatal(err)
+	}
+	if err := store.Migrate(ctx); err != nil {
+		log.Fatal(err)
+	}
+	// What a provider's outage left behind.
+	if _, err := pool.Exec(ctx, `INSERT INTO outbox_notifications (type, booking_id, status, last_error)
+		SELECT 'invite', i, 'failed', 'bad gateway' FROM generate_series(1, 5) AS i`); err != nil {
+		log.Fatal(err)
+	}
+
+	f := outbox.Filter{Status: outbox.StatusFailed, NewerThan: 2 * time.Hour, Limit: 2}
+	for {
+		requeued, err := store.RequeueMatching(ctx, f)
+		if err != nil {
+			log.Fatal(err)
+		}
+		if len(requeued) == 0 {
+			break
+		}
+		for _, n := range requeued {
+			fmt.Println(n.Key(), n.Status, n.LastError)
+		}
+		f.After = requeued[len(requeued)-1].ID
+	}
+	stats, err := store.Stats(ctx)
+	if err != nil {
+		log.Fatal(err)
+	}
+	fmt.Println("due:", stats.Due, "failed:", stats.Failed)
+	// Output:
+	// "invite" booking 1 pending bad gateway
+	// "invite" booking 2 pending bad gateway
+	// "invite" booking 3 pending bad gateway
+	// "invite" booking 4 pending bad gateway
+	// "invite" booking 5 pending bad gateway
+	// due: 5 failed: 0
 }
 
 func ExampleRunInTx() {

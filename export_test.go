@@ -21,3 +21,9 @@ func (s *PGStore) RefreshManySQL(k Key) string { return s.sql.refresh[k.shape()]
 func (s *PGStore) ClaimSQL() string  { return s.sql.claim }
 func (s *PGStore) ExtendSQL() string { return s.sql.extend }
 func (s *PGStore) SettleSQL() string { return s.sql.settle }
+
+// The statements of the operator's side.
+func (s *PGStore) RequeueSQL(k Key) string            { return s.sql.requeue[k.shape()] }
+func (s *PGStore) RequeueMatchingSQL(f Filter) string { return s.requeueMatchingSQL(f) }
+func (s *PGStore) ListSQL(f Filter) string            { return s.listSQL(f) }
+func (s *PGStore) DepthSQL() string                   { return s.fill(depthSQL) }

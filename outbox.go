@@ -142,7 +142,7 @@ var ErrNoNotifications = errors.New("outbox: LISTEN hears nothing of a NOTIFY, a
 type InvalidError struct {
 	Field  string // the name of the argument or struct field, such as "Payload" or "tx"
 	Reason string
-	Index  int // the element's index in AddNotifications; -1 elsewhere
+	Index  int // the element's index in AddNotifications, Settle and Requeue; -1 elsewhere
 
 	inBatch bool
 	cause   error

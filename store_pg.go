@@ -116,6 +116,7 @@ type statements struct {
 	insert  [keyShapes]string
 	refresh [keyShapes]string
 	get     [keyShapes]string
+	requeue [keyShapes]string
 
 	claim, extend, settle string
 }
@@ -159,6 +160,7 @@ func prepare(table string) statements {
 		st.insert[shape] = fill.Replace(insertManySQL)
 		st.refresh[shape] = fill.Replace(refreshManySQL)
 		st.get[shape] = fill.Replace(getSQL)
+		st.requeue[shape] = fill.Replace(requeueSQL)
 	}
 	return st
 }
