@@ -110,15 +110,6 @@ func seed(t testing.TB, db *pgtest.DB, status outbox.Status, n int) []outbox.Key
 	return keys
 }
 
-// unreachable is a store that fails at any SQL.
-func unreachable(t testing.TB) *outbox.PGStore {
-	t.Helper()
-	pool := pgtest.NewPool(t, "postgres://nobody@127.0.0.1:1/none?sslmode=disable", nil)
-	store, err := outbox.NewPGStore(pool, outbox.Config{Logger: discard})
-	require.NoError(t, err)
-	return store
-}
-
 func ids(ns []outbox.Notification) []int64 {
 	list := []int64{}
 	for _, n := range ns {
@@ -301,7 +292,7 @@ func TestRequeue(t *testing.T) {
 
 	t.Run("refuses_a_bad_key_by_its_index_before_any_SQL", func(t *testing.T) {
 		t.Parallel()
-		store := unreachable(t)
+		store := neverUsed(t)
 		good := outbox.Key{Type: "good"}
 		for what, typ := range map[string]string{"empty": "", "NUL": "a\x00b", "UTF-8": "a\xff", "long": strings.Repeat("ю", 51)} {
 			_, err := store.Requeue(t.Context(), good, good, outbox.Key{Type: typ, BookingID: 1})
@@ -311,7 +302,7 @@ func TestRequeue(t *testing.T) {
 
 	t.Run("runs_nothing_for_no_keys", func(t *testing.T) {
 		t.Parallel()
-		count, err := unreachable(t).Requeue(t.Context())
+		count, err := neverUsed(t).Requeue(t.Context())
 		require.NoError(t, err)
 		require.Zero(t, count)
 	})
@@ -562,7 +553,7 @@ func TestRequeueMatching(t *testing.T) {
 
 	t.Run("requires_the_status_by_name", func(t *testing.T) {
 		t.Parallel()
-		store := unreachable(t)
+		store := neverUsed(t)
 		for _, status := range []outbox.Status{"", outbox.StatusPending, "cancelled"} {
 			_, err := store.RequeueMatching(t.Context(), outbox.Filter{Status: status, BookingID: 1})
 			requireInvalid(t, err, "Status", -1, string(status))
@@ -831,7 +822,7 @@ func TestList(t *testing.T) {
 
 	t.Run("refuses_a_bad_filter_before_any_SQL", func(t *testing.T) {
 		t.Parallel()
-		store := unreachable(t)
+		store := neverUsed(t)
 		for what, c := range map[string]struct {
 			field string
 			f     outbox.Filter
