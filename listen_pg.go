@@ -13,14 +13,14 @@ import (
 // takes a lock at its commit that all such transactions of the server share.
 const notifyEvery = 250 * time.Millisecond
 
-// notifySQL wakes relays when the transaction commits. The payload tells the outboxes
+// notifySQL wakes relays when its transaction commits. The payload tells the outboxes
 // of one database apart. $1 channel, $2 schema.
 const notifySQL = `SELECT pg_catalog.pg_notify($1::text, $2::text)`
 
-// notify sends a NOTIFY in tx if none has been sent for a while, and the store is
+// notify sends a NOTIFY if none has been sent for a while, and the store is
 // configured to. Of the adds in between, and of those whose NOTIFY a rollback takes
 // back, relays learn by polling.
-func (s *PGStore) notify(ctx context.Context, tx pgx.Tx) error {
+func (s *PGStore) notify(ctx context.Context, db queryRower) error {
 	if !s.notifies {
 		return nil
 	}
@@ -29,7 +29,7 @@ func (s *PGStore) notify(ctx context.Context, tx pgx.Tx) error {
 	if last != 0 && now-last < int64(notifyEvery) || !s.notified.CompareAndSwap(last, now) {
 		return nil
 	}
-	return tx.QueryRow(ctx, notifySQL, tableName, s.schema).Scan(nil)
+	return db.QueryRow(ctx, notifySQL, tableName, s.schema).Scan(nil)
 }
 
 const (

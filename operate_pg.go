@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"errors"
+	"log/slog"
 	"slices"
 	"strings"
 	"time"
@@ -298,7 +299,10 @@ func (s *PGStore) Requeue(ctx context.Context, keys ...Key) (int, error) {
 			}
 			n += int(tag.RowsAffected())
 		}
-		return nil
+		if n == 0 {
+			return nil
+		}
+		return s.notify(ctx, tx)
 	})
 	if err != nil {
 		return 0, s.explain("requeue", err)
@@ -346,6 +350,12 @@ func (s *PGStore) RequeueMatching(ctx context.Context, f Filter) ([]Notification
 		return nil, s.explain("requeue matching", err)
 	}
 	slices.SortFunc(list, func(a, b Notification) int { return cmp.Compare(a.ID, b.ID) })
+	if len(list) > 0 {
+		if err := s.notify(ctx, s.pool); err != nil {
+			// They are requeued; relays learn of it by polling.
+			s.logger.LogAttrs(ctx, slog.LevelWarn, "outbox: notify of requeued rows", slog.String("error", err.Error()))
+		}
+	}
 	return list, nil
 }
 

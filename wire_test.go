@@ -6,6 +6,7 @@ import (
 	"math"
 	"net"
 	"net/url"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -212,7 +213,7 @@ func TestExecModes(t *testing.T) {
 	})
 }
 
-// liveInMode migrates and adds through url in one mode of pgx.
+// liveInMode migrates, adds, delivers and operates through url in one mode of pgx.
 func liveInMode(t *testing.T, db *pgtest.DB, url string, mode pgx.QueryExecMode) {
 	pool := pgtest.NewPool(t, url, func(cfg *pgxpool.Config) {
 		cfg.ConnConfig.DefaultQueryExecMode = mode
@@ -283,6 +284,61 @@ func liveInMode(t *testing.T, db *pgtest.DB, url string, mode pgx.QueryExecMode)
 			require.EqualValues(t, 1, batch[1].Notification.Version)
 		})
 	}
+	deliverInMode(t, store)
+}
+
+// deliverInMode delivers the four rows of type twice that are there, and operates on
+// them.
+func deliverInMode(t *testing.T, store *outbox.PGStore) {
+	ctx := t.Context()
+	requeued, err := store.RequeueMatching(ctx, outbox.Filter{Status: outbox.StatusSent, Types: []string{"it's", "twice"}})
+	require.NoError(t, err)
+	require.Len(t, requeued, 3)
+	first, err := store.Claim(ctx, outbox.ClaimOptions{Limit: 1, Lease: time.Hour, Types: []string{"it's", "twice"}, MaxAttempts: 3})
+	require.NoError(t, err)
+	require.Len(t, first.Claimed, 1)
+	rest, err := store.Claim(ctx, outbox.ClaimOptions{Limit: 100, Lease: time.Hour, Except: []int64{first.Claimed[0].ID}, AtMostOnce: true, Reconcile: true})
+	require.NoError(t, err)
+	require.Len(t, rest.Claimed, 3)
+	cs := append(first.Claimed, rest.Claimed...)
+	done := outbox.LeaseDone
+	extended, err := store.Extend(ctx, []outbox.Lease{cs[0].Lease, cs[1].Lease, {ID: cs[2].ID}}, time.Hour)
+	require.NoError(t, err)
+	require.Equal(t, []outbox.LeaseResult{done, done, outbox.LeaseStale}, extended)
+	settled, err := store.Settle(ctx, []outbox.Settlement{
+		{Lease: cs[0].Lease, Verdict: outbox.Delivered, Receipt: `it's "{1,2}" \ю`},
+		{Lease: cs[1].Lease, Verdict: outbox.Retry, Error: `it's "{1,2}" \ю`, RetryIn: time.Hour, Unknown: true},
+		{Lease: cs[2].Lease, Verdict: outbox.Failed, Error: "NULL"},
+		{Lease: cs[3].Lease, Verdict: outbox.HandedBack},
+	})
+	require.NoError(t, err)
+	require.Equal(t, []outbox.LeaseResult{done, done, done, done}, settled)
+
+	list, err := store.List(ctx, outbox.Filter{Types: []string{"it's", "twice"}, NewerThan: time.Hour})
+	require.NoError(t, err)
+	require.Len(t, list, 4)
+	slices.SortFunc(list, func(a, b outbox.Notification) int {
+		at := func(n outbox.Notification) int {
+			return slices.IndexFunc(cs, func(c outbox.Claimed) bool { return c.ID == n.ID })
+		}
+		return at(a) - at(b)
+	})
+	require.Equal(t, `it's "{1,2}" \ю`, list[0].Receipt)
+	require.Equal(t, `it's "{1,2}" \ю`, list[1].LastError)
+	require.Equal(t, "NULL", list[2].LastError)
+	require.Zero(t, list[3].Attempts)
+	list, err = store.List(ctx, outbox.Filter{BookingID: cs[2].Notification.BookingID, Status: outbox.StatusFailed})
+	require.NoError(t, err)
+	require.Len(t, list, 1)
+	n, err := store.Requeue(ctx, list[0].Key(), outbox.Key{Type: "it's"})
+	require.NoError(t, err)
+	require.Equal(t, 1, n)
+	requeued, err = store.RequeueMatching(ctx, outbox.Filter{Status: outbox.StatusSent, BookingID: list[0].BookingID, Types: []string{"twice"}})
+	require.NoError(t, err)
+	require.Empty(t, requeued)
+	stats, err := store.Stats(ctx)
+	require.NoError(t, err)
+	require.Equal(t, outbox.TypeStats{Pending: 3, Due: 2, OldestDue: stats.Types["twice"].OldestDue, NextDue: stats.Types["twice"].NextDue}, stats.Types["twice"])
 }
 
 // startPgBouncer starts a PgBouncer in transaction mode before the server and
