@@ -56,7 +56,7 @@ type ClaimOptions struct {
 	Token Token
 
 	Types       []string // nil: all; others are read past, so a backlog of them slows the claim
-	Except      []int64  // ids not to claim: rows of the caller's whose lease has ended and which it may yet settle
+	Except      []int64  // ids of rows leased before and not to be claimed again, as the caller may yet settle them
 	MaxAttempts int      // rows with so many attempts are failed; 0: unlimited
 
 	// AtMostOnce fails a row whose lease ran out without a result, with "outcome
@@ -92,7 +92,7 @@ type Claimed struct {
 //
 // $1 limit, $2 token, $3 token of rows on which another lease ran out, $4 lease in
 // microseconds, $5 types or NULL, $6 max attempts or 0, $7 at most once, $8 reconcile,
-// $9 ids not to claim or NULL.
+// $9 ids not to claim or NULL; looked through only for rows that bear a token.
 //
 // SKIP LOCKED passes over rows that a caller holds in an open add, and rows that
 // another relay is claiming: nobody waits here. now() is this statement's start, as
@@ -125,7 +125,7 @@ WHERE ctid = ANY (ARRAY(
 		AND ` + dueSQL + ` <= pg_catalog.now()
 		AND (lease_token IS NULL OR lease_until IS NULL OR lease_until <= pg_catalog.now() OR ` + oursSQL + `)
 		AND ($5::text[] IS NULL OR type = ANY ($5::text[]))
-		AND ($9::bigint[] IS NULL OR id <> ALL ($9::bigint[]))
+		AND (lease_token IS NULL OR $9::bigint[] IS NULL OR id <> ALL ($9::bigint[]))
 	ORDER BY ` + dueSQL + `, id
 	LIMIT $1::bigint
 	FOR UPDATE SKIP LOCKED))

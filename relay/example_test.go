@@ -1,6 +1,7 @@
 package relay_test
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -58,11 +59,11 @@ func ExampleRelay_RunOnce() {
 		if err != nil {
 			log.Fatal(err)
 		}
-		fmt.Println(n.BookingID, n.Status, n.Receipt, n.LastError)
+		fmt.Println(n.BookingID, n.Status, cmp.Or(n.Receipt, n.LastError))
 	}
 	// Output:
 	// to 42: reject {"slot":"10:00"}
 	// settled 2
 	// 7 sent message 1
-	// 8 failed  the bot was blocked
+	// 8 failed the bot was blocked
 }

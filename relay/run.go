@@ -53,10 +53,12 @@ type run struct {
 	finished  []*item            // to be settled, in this order
 	unsettled int                // finished, and what is being settled just now
 	workers   int
-	closed    bool // nothing more will be claimed
-	ended     bool // nothing more will be sent
-	failing   bool // the last settle failed
-	settled   int  // rows, since the start
+	suspect   *item   // the live one that suspected is true of
+	apart     []int64 // rows handed back so as not to share its fate
+	closed    bool    // nothing more will be claimed
+	ended     bool    // nothing more will be sent
+	failing   bool    // the last settle failed
+	settled   int     // rows, since the start
 }
 
 func newRun(r *Relay) *run {
@@ -190,6 +192,9 @@ func (r *run) claimOn(ctx context.Context) error {
 			// Its rows may have been claimed all the same: the next claim has the same token.
 			trouble.began(err)
 			_ = sleep(ctx, trouble.pause())
+			if errors.Is(err, context.DeadlineExceeded) {
+				r.awaitAnswer(ctx, &trouble)
+			}
 			continue
 		}
 		trouble.ended()
@@ -218,6 +223,24 @@ func (r *run) claimOn(ctx context.Context) error {
 	return nil
 }
 
+// awaitAnswer asks the database until it answers. A claim that had no answer in time may
+// be with a frozen server still. More of them would be carried out side by side when that
+// goes on, and of the rows that they lease the repeat would return one claim's worth: the
+// others would be leased to nobody.
+func (r *run) awaitAnswer(ctx context.Context, trouble *outage) {
+	for ctx.Err() == nil {
+		call, cancel := context.WithTimeout(ctx, r.callTimeout())
+		_, err := r.queue.Extend(call, []outbox.Lease{{}}, r.cfg.Lease) // of no row
+		cancel()
+		if err == nil {
+			_ = sleep(ctx, 100*time.Millisecond) // for the claim to end
+			return
+		}
+		trouble.began(err)
+		_ = sleep(ctx, trouble.pause())
+	}
+}
+
 // capacity is how many rows to claim now: 0 until half of what may wait has been
 // taken to be sent, so that claims are of a fair size.
 func (r *run) capacity() int {
@@ -243,7 +266,7 @@ func (r *run) claim(ctx context.Context, token outbox.Token, limit int) (int, er
 	began := time.Now()
 	res, err := r.queue.Claim(grace, outbox.ClaimOptions{
 		Limit: limit, Lease: r.cfg.Lease, Token: token, Types: r.cfg.Types, MaxAttempts: max(r.cfg.MaxAttempts, 0),
-		AtMostOnce: r.cfg.Delivery == AtMostOnce, Reconcile: r.reconcile != nil, Except: r.overdue(),
+		AtMostOnce: r.cfg.Delivery == AtMostOnce, Reconcile: r.reconcile != nil, Except: r.except(),
 	})
 	if err != nil {
 		return 0, err
@@ -252,28 +275,75 @@ func (r *run) claim(ctx context.Context, token outbox.Token, limit int) (int, er
 		r.logFailed(n, n.LastError)
 	}
 	items := make([]item, len(res.Claimed))
+	var siblings []*item
 	r.mu.Lock()
 	for i, c := range res.Claimed {
-		items[i] = item{Claimed: c, claimed: began, until: began.Add(r.cfg.Lease)}
-		r.live[&items[i]] = struct{}{}
-		r.waiting = append(r.waiting, &items[i])
+		it := &items[i]
+		*it = item{Claimed: c, claimed: began, until: began.Add(r.cfg.Lease)}
+		r.live[it] = struct{}{}
+		switch {
+		case !r.suspected(it):
+		case r.suspect == nil:
+			r.suspect = it
+		default:
+			siblings = append(siblings, it)
+			r.apart = append(r.apart, it.ID)
+			continue
+		}
+		r.waiting = append(r.waiting, it)
 	}
 	r.settled += len(res.Failed)
 	r.mu.Unlock()
+	for _, it := range siblings {
+		r.finish(it, outbox.Settlement{Verdict: outbox.HandedBack, Unknown: true})
+	}
 	signal(r.toSend)
 	return len(res.Claimed) + len(res.Failed), nil
 }
 
-// overdue returns the rows of this relay whose leases may end before a claim does: after
-// an outage, or while a caller holds them. They are not to be sent again by the one
-// that knows their result.
-func (r *run) overdue() (ids []int64) {
+// suspected reports whether it is on its last attempt and the one before left no
+// result. It may be a message that kills its process; more likely it waited in the same batch
+// as one, which cost it attempts all the same. So that it is not failed for that, such
+// rows are delivered one after the other, each while the others have been handed back.
+func (r *run) suspected(it *item) bool {
+	return it.UnknownVersion > 0 && r.cfg.MaxAttempts > 0 && it.Notification.Attempts >= r.cfg.MaxAttempts
+}
+
+// alone reports whether it is not suspected, or no other row at hand is.
+func (r *run) alone(it *item) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	for it := range r.live {
-		if leaseLeft(it) < r.callTimeout() {
-			ids = append(ids, it.ID)
+	if it != r.suspect {
+		return true
+	}
+	for other := range r.live {
+		if other != it && r.suspected(other) {
+			return false
 		}
+	}
+	return true
+}
+
+// forget is called under the lock when it is no longer this relay's.
+func (r *run) forget(it *item) {
+	delete(r.live, it)
+	if it == r.suspect {
+		r.suspect, r.apart = nil, nil
+		r.Wake()
+	}
+}
+
+// except returns the rows of this relay. Their leases may have ended by the time that the
+// database gets to a claim, however well they are renewed now: a server that was frozen
+// does first of all what it was last asked, also if nobody waits for the answer. The rows
+// are not to be sent again by the one that knows their result. Nor are those to be
+// claimed that wait for a suspect's end.
+func (r *run) except() []int64 {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	ids := slices.Clone(r.apart)
+	for it := range r.live {
+		ids = append(ids, it.ID)
 	}
 	return ids
 }
@@ -378,6 +448,10 @@ func waitFor(ctx context.Context, c <-chan struct{}, d time.Duration) {
 // ready waits for the limiter and makes sure that the lease of it holds. Where it is
 // false the row has been dealt with, or waits again.
 func (r *run) ready(ctx context.Context, it *item, trouble *outage) bool {
+	if !r.alone(it) {
+		r.wait(it, firstPause)
+		return false
+	}
 	if r.cfg.Limiter != nil {
 		if err := r.cfg.Limiter.Wait(ctx); err != nil {
 			r.wait(it, r.cfg.PollInterval)
@@ -463,7 +537,7 @@ func (r *run) untake() {
 }
 
 // heldPause is how long to leave a row alone that a caller holds, the n-th time.
-func heldPause(n int) time.Duration { return min(5*time.Millisecond<<min(n, 10), 250*time.Millisecond) }
+func heldPause(n int) time.Duration { return min(5*time.Millisecond<<min(n, 10), 50*time.Millisecond) }
 
 // deliver sends one message. Whatever the sender does, it ends with a settlement.
 func (r *run) deliver(ctx context.Context, it *item) {
@@ -612,7 +686,7 @@ func (r *run) noteSettled(batch []*item, results []outbox.LeaseResult) {
 			r.finished = append(r.finished, it)
 			continue
 		}
-		delete(r.live, it)
+		r.forget(it)
 		r.unsettled--
 		if results[i] != outbox.LeaseStale && it.settlement.Verdict != outbox.HandedBack {
 			r.settled++
@@ -691,6 +765,9 @@ func (r *run) extend(ctx context.Context, items []*item) (held bool, err error) 
 // lose gives up a row that another has claimed: what waits is dropped, and a Send
 // under way is told to end. What is finished is left for its settlement to show.
 func (r *run) lose(it *item) {
+	if _, mine := r.live[it]; !mine {
+		return // two calls have found it out
+	}
 	if it.cancel != nil || it.settlement.Verdict != "" {
 		if it.cancel != nil {
 			it.cancel()
@@ -698,7 +775,7 @@ func (r *run) lose(it *item) {
 		it.until = time.Now().Add(r.cfg.Lease) // not to be asked about again soon
 		return
 	}
-	delete(r.live, it)
+	r.forget(it)
 	if i := slices.Index(r.waiting, it); i >= 0 {
 		r.waiting = slices.Delete(r.waiting, i, i+1)
 	}

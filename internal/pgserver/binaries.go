@@ -190,7 +190,7 @@ func (s *installedServer) pause(ctx context.Context) (err error) {
 }
 
 func (s *installedServer) resume(context.Context) error {
-	err := s.signalFrozen(syscall.SIGCONT)
+	err := s.signalFrozen(sigThaw)
 	s.frozen = nil
 	return err
 }
@@ -221,7 +221,7 @@ func freeze(ctx context.Context, parent int) (family []int, err error) {
 			family = append(family, p.pid)
 			if !p.stopped {
 				clean = 0
-				if err := signalTo(p.pid, syscall.SIGSTOP); err != nil {
+				if err := signalTo(p.pid, sigFreeze); err != nil {
 					return family, err
 				}
 			}
@@ -231,14 +231,6 @@ func freeze(ctx context.Context, parent int) (family []int, err error) {
 		}
 	}
 	return family, nil
-}
-
-// signalTo takes a process that is gone for one that got the signal.
-func signalTo(pid int, sig syscall.Signal) error {
-	if err := syscall.Kill(pid, sig); err != nil && !errors.Is(err, syscall.ESRCH) {
-		return fmt.Errorf("process %d: %v: %w", pid, sig, err)
-	}
-	return nil
 }
 
 // processInfo is a line of the system's process table.
