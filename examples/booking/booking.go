@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 
@@ -39,7 +40,8 @@ func (s *service) createBookings(ctx context.Context, tx pgx.Tx) error {
 	return err
 }
 
-type message struct {
+// content is the payload of a notification: what its text is made of.
+type content struct {
 	Slot   string `json:"slot"`
 	Reason string `json:"reason,omitempty"`
 }
@@ -60,7 +62,7 @@ func (s *service) reject(ctx context.Context, tx pgx.Tx, bookingID int64, reason
 		BookingID:     bookingID,
 		CandidateTgID: candidate,
 		RecruiterTgID: recruiter,
-		Payload:       message{Slot: slot, Reason: reason},
+		Payload:       content{Slot: slot, Reason: reason},
 	})
 }
 
@@ -79,7 +81,7 @@ func (s *service) book(ctx context.Context, tx pgx.Tx, bookingID, candidate int6
 		BookingID:     bookingID,
 		CandidateTgID: candidate,
 		RecruiterTgID: recruiter,
-		Payload:       message{Slot: slot},
+		Payload:       content{Slot: slot},
 	})
 	if err != nil {
 		return outbox.AddResult{}, err
@@ -93,4 +95,22 @@ func (s *service) book(ctx context.Context, tx pgx.Tx, bookingID, candidate int6
 		return outbox.AddResult{}, errTaken
 	}
 	return res, nil
+}
+
+// textOf is what the candidate reads. It is made when the message is sent, not when
+// it is added.
+func textOf(n outbox.Notification) (string, error) {
+	var c content
+	if err := json.Unmarshal(n.Payload, &c); err != nil {
+		return "", fmt.Errorf("text of %s: %w", n.Key(), err)
+	}
+	switch {
+	case n.Type == typeConfirmed:
+		return c.Slot + " is yours.", nil
+	case n.Type == typeRejected && c.Reason == "":
+		return c.Slot + " is off.", nil
+	case n.Type == typeRejected:
+		return c.Slot + " is off: " + c.Reason + ".", nil
+	}
+	return "", fmt.Errorf("text of %s: there is none for its type", n.Key())
 }

@@ -7,8 +7,9 @@
 // installed. With DATABASE_URL it uses that database, in a schema of its own that
 // it drops at the end. It exits 1 if anything is not as it should be.
 //
-// booking.go is what a service would copy, day.go is the day, delivery.go is the
-// other end of the outbox.
+// booking.go is what a service would copy, inbox.go what it would write for its
+// provider. day.go puts them and the relay together, scenes.go is the day, and
+// check.go compares it with the data.
 package main
 
 import (
@@ -119,7 +120,7 @@ func connect(ctx context.Context, url string) (*pgxpool.Pool, error) {
 		return nil, errors.New("not of the form postgres://user:password@host:5432/database, with special characters percent-encoded")
 	}
 	if !strings.Contains(url, "pool_max_conns") {
-		cfg.MaxConns = rushRequests
+		cfg.MaxConns = rushRequests + 3 // the relay claims, settles and renews leases beside them
 	}
 	pool, err := pgxpool.NewWithConfig(ctx, cfg)
 	if err != nil {
