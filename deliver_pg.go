@@ -203,6 +203,9 @@ func (s *PGStore) Claim(ctx context.Context, opts ClaimOptions) (ClaimResult, er
 			if c.Token != c.Token.resumed() {
 				c.UnknownVersion = 0 // lease_version is that of this lease
 			}
+			if res.Claimed == nil {
+				res.Claimed = make([]Claimed, 0, min(opts.Limit, 1000)) // most claims find nothing, or much
+			}
 			res.Claimed = append(res.Claimed, c)
 		}
 		return rows.Err()
@@ -327,7 +330,7 @@ type Settlement struct {
 // settleSQL ends leases.
 //
 // $1 ids, $2 tokens, $3 verdicts, $4 receipts, $5 errors, $6 retry in microseconds,
-// $7 unknown.
+// $7 unknown; the last four may be NULL, which stands for as many NULLs.
 //
 // A row that was refreshed while it was leased has a version above the leased one;
 // then, whatever the verdict, it stays pending, with all its attempts before it and
@@ -375,26 +378,42 @@ func (s *PGStore) Settle(ctx context.Context, settlements []Settlement) ([]Lease
 		return nil, nil
 	}
 	var (
-		ids              = make([]int64, n)
-		tokens           = make([]pgtype.UUID, n)
-		verdicts         = make([]string, n)
-		receipts, errors = make([]pgtype.Text, n), make([]pgtype.Text, n)
-		retryIn          = make([]int64, n)
-		unknown          = make([]bool, n)
+		ids      = make([]int64, n)
+		tokens   = make([]pgtype.UUID, n)
+		verdicts = make([]string, n)
+
+		// NULL, which is shorter than n of them, until one has a value.
+		receipts, errors []pgtype.Text
+		retryIn          []int64
+		unknown          []bool
 	)
 	for i, st := range settlements {
 		if bad := st.check(); bad != nil {
 			return nil, bad.at(i)
 		}
 		ids[i], tokens[i], verdicts[i] = st.ID, uuid(st.Token), string(st.Verdict)
-		receipts[i], errors[i] = textOrNull(st.Receipt), textOrNull(st.Error)
-		retryIn[i], unknown[i] = st.RetryIn.Microseconds(), st.Unknown
+		set(&receipts, n, i, textOrNull(st.Receipt))
+		set(&errors, n, i, textOrNull(st.Error))
+		set(&retryIn, n, i, st.RetryIn.Microseconds())
+		set(&unknown, n, i, st.Unknown)
 	}
 	res, err := s.onLeases(ctx, n, s.sql.settle, ids, tokens, verdicts, receipts, errors, retryIn, unknown)
 	if err != nil {
 		return nil, s.explain("settle", err)
 	}
 	return res, nil
+}
+
+// set sets element i of a column of n that is nil as long as all are zero.
+func set[T comparable](column *[]T, n, i int, v T) {
+	var zero T
+	if v == zero {
+		return
+	}
+	if *column == nil {
+		*column = make([]T, n)
+	}
+	(*column)[i] = v
 }
 
 func (st Settlement) check() *InvalidError {

@@ -24,7 +24,7 @@ const (
 
 // item is a row that this relay has claimed and not yet settled.
 type item struct {
-	outbox.Claimed
+	*outbox.Claimed
 	claimed time.Time // just before the claim
 	until   time.Time // the lease does not end before this
 
@@ -277,9 +277,9 @@ func (r *run) claim(ctx context.Context, token outbox.Token, limit int) (int, er
 	items := make([]item, len(res.Claimed))
 	var siblings []*item
 	r.mu.Lock()
-	for i, c := range res.Claimed {
+	for i := range items {
 		it := &items[i]
-		*it = item{Claimed: c, claimed: began, until: began.Add(r.cfg.Lease)}
+		*it = item{Claimed: &res.Claimed[i], claimed: began, until: began.Add(r.cfg.Lease)}
 		r.live[it] = struct{}{}
 		switch {
 		case !r.suspected(it):
@@ -293,6 +293,7 @@ func (r *run) claim(ctx context.Context, token outbox.Token, limit int) (int, er
 		r.waiting = append(r.waiting, it)
 	}
 	r.settled += len(res.Failed)
+	r.taken += len(siblings)
 	r.mu.Unlock()
 	for _, it := range siblings {
 		r.finish(it, outbox.Settlement{Verdict: outbox.HandedBack, Unknown: true})
@@ -497,7 +498,6 @@ func (r *run) ready(ctx context.Context, it *item, trouble *outage) bool {
 	n := &it.Notification
 	if !n.NotAfter.IsZero() && !it.Expired && time.Since(it.claimed) >= n.NotAfter.Sub(n.LockedAt) {
 		r.finish(it, outbox.Settlement{Verdict: outbox.Failed, Error: "expired: not delivered before " + n.NotAfter.String()})
-		r.untake()
 		return false
 	}
 	return true
@@ -523,12 +523,13 @@ func (r *run) wait(it *item, d time.Duration) {
 	r.mu.Unlock()
 	if mine && ended {
 		r.finish(it, handedBack(it))
+		return
 	}
 	r.untake()
 	signal(r.toSend)
 }
 
-// untake says that a row that was taken has been finished or put back.
+// untake says that a row that was taken has been put back or lost.
 func (r *run) untake() {
 	r.mu.Lock()
 	r.taken--
@@ -553,7 +554,6 @@ func (r *run) deliver(ctx context.Context, it *item) {
 		}
 		cancel()
 		r.finish(it, st)
-		r.untake()
 	}()
 	st = r.attempt(ctx, it)
 	returned = true
@@ -565,6 +565,7 @@ func (r *run) handBack() {
 	r.ended = true
 	waiting := r.waiting
 	r.waiting = nil
+	r.taken += len(waiting)
 	r.mu.Unlock()
 	for _, it := range waiting {
 		r.finish(it, handedBack(it))
@@ -575,15 +576,17 @@ func handedBack(it *item) outbox.Settlement {
 	return outbox.Settlement{Verdict: outbox.HandedBack, Unknown: it.UnknownVersion > 0}
 }
 
-// finish has it settled.
+// finish has it, which was taken, settled.
 func (r *run) finish(it *item, st outbox.Settlement) {
 	st.Lease = it.Lease
 	r.mu.Lock()
 	it.settlement, it.tries, it.notBefore = st, 0, time.Time{}
 	r.finished = append(r.finished, it)
 	r.unsettled++
+	r.taken--
 	r.mu.Unlock()
 	signal(r.toSettle)
+	signal(r.progress)
 }
 
 // settle settles what is finished, as much at a time as has come together, until ctx
