@@ -130,7 +130,7 @@ func (q *fakeQueue) Claim(ctx context.Context, opts outbox.ClaimOptions) (res ou
 			continue
 		}
 		c := outbox.Claimed{}
-		if opts.Reconcile && row.token != (outbox.Token{}) {
+		if row.token != (outbox.Token{}) && (opts.Reconcile || row.leased == row.Version) {
 			c.UnknownVersion = row.leased
 			c.Expired = !row.NotAfter.IsZero() && !row.NotAfter.After(now)
 		} else {
@@ -157,7 +157,7 @@ func (q *fakeQueue) Extend(ctx context.Context, leases []outbox.Lease, d time.Du
 	for i, l := range leases {
 		row := q.rows[l.ID]
 		switch {
-		case row.token != l.Token || row.Status != outbox.StatusPending:
+		case row == nil || row.token != l.Token || row.Status != outbox.StatusPending:
 			results[i] = outbox.LeaseStale
 		case row.held:
 			results[i] = outbox.LeaseHeld

@@ -482,6 +482,53 @@ func TestRun(t *testing.T) {
 		}
 	})
 
+	bubble("sends_alone_what_may_kill_its_process_on_its_last_attempt", func(t *testing.T) {
+		// Of six rows that a dead process had, five are on their last attempt; one of those may
+		// have killed it.
+		q := newFakeQueue(8)
+		for id := range int64(6) {
+			q.change(id+1, func(row *fakeRow) { row.token, row.leased, row.Attempts = outbox.NewToken(), 1, 2 })
+		}
+		q.change(6, func(row *fakeRow) { row.Attempts = 1 })
+		var now, most atomic.Int64
+		stop := start(t, newRelay(t, q, relay.SenderFunc(func(_ context.Context, n outbox.Notification) (string, error) {
+			if n.ID <= 5 {
+				require.Equal(t, 3, n.Attempts)
+				most.Store(max(most.Load(), now.Add(1)))
+				defer now.Add(-1)
+				for id := range int64(5) {
+					if row := q.row(id + 1); id+1 != n.ID && row.Status == outbox.StatusPending {
+						require.Equal(t, 2, row.Attempts, "handed back meanwhile")
+					}
+				}
+			}
+			take(time.Second)
+			return "", nil
+		}), relay.Config{MaxAttempts: 3}))
+		advance(time.Minute)
+		require.NoError(t, stop())
+		require.EqualValues(t, 1, most.Load())
+		require.Equal(t, 8, q.count(outbox.StatusSent))
+	})
+
+	bubble("does_not_pile_up_claims_in_a_server_that_does_not_answer", func(t *testing.T) {
+		q := newFakeQueue(1)
+		var claims atomic.Int64
+		q.claimErr = func() error {
+			claims.Add(1)
+			return fmt.Errorf("claim: %w", context.DeadlineExceeded)
+		}
+		q.extendErr = func() error { return context.DeadlineExceeded }
+		stop := start(t, newRelay(t, q, accept, relay.Config{}))
+		advance(time.Hour)
+		require.EqualValues(t, 1, claims.Load())
+		q.fail(&q.claimErr, nil)
+		q.fail(&q.extendErr, nil)
+		advance(time.Minute)
+		require.Equal(t, outbox.StatusSent, q.row(1).Status)
+		require.NoError(t, stop())
+	})
+
 	bubble("passes_its_configuration_to_the_claim", func(t *testing.T) {
 		q := newFakeQueue(0)
 		_, err := newRelay(t, q, accept, relay.Config{BatchSize: 7, Lease: time.Minute, Types: []string{"a"}, MaxAttempts: 3,
