@@ -63,11 +63,27 @@ type ClaimOptions struct {
 	// unknown", in place of claiming it again, if it is for the version that was leased.
 	AtMostOnce bool
 
+	// Suspects says what to do about rows that may kill their process on their last
+	// attempt. See [Suspects]. The zero value makes no difference between rows.
+	Suspects Suspects
+
 	// Reconcile claims rows whose lease ran out without a result also where they
 	// would be failed otherwise, at most once beyond MaxAttempts, for the caller
 	// to ask the provider about [Claimed.UnknownVersion].
 	Reconcile bool
 }
+
+// Suspects says whether a claim takes suspects: rows whose last lease ran out, as
+// their process died or was frozen, and that have one attempt left. A message may
+// have killed its process; or it only waited in the same batch as one that did, which cost it
+// attempts all the same. Sent one at a time, it is not failed for that.
+type Suspects int
+
+const (
+	TakeSuspects  Suspects = iota // like all other rows
+	LeaveSuspects                 // only other rows
+	OnlySuspects                  // no other rows
+)
 
 // ClaimResult is what a claim did. What has Limit rows in all may have left more.
 type ClaimResult struct {
@@ -92,7 +108,8 @@ type Claimed struct {
 //
 // $1 limit, $2 token, $3 token of rows on which another lease ran out, $4 lease in
 // microseconds, $5 types or NULL, $6 max attempts or 0, $7 at most once, $8 reconcile,
-// $9 ids not to claim or NULL; looked through only for rows that bear a token.
+// $9 ids not to claim or NULL; looked through only for rows that bear a token. $10
+// suspects.
 //
 // SKIP LOCKED passes over rows that a caller holds in an open add, and rows that
 // another relay is claiming: nobody waits here. now() is this statement's start, as
@@ -102,8 +119,8 @@ type Claimed struct {
 // keep in place; with an array there is only one plan for that (TestClaimPlan).
 //
 // Rows that bear one of our tokens were claimed by the same call before, whose
-// answer was lost: they stay as they are but for a longer lease. attempts rises
-// here and not when the row is settled, so that a message that kills its process
+// answer was lost: they get a longer lease, and it is for their content of now, as nothing has
+// been sent. attempts rises here and not when the row is settled, so that a message that kills its process
 // is counted.
 const claimSQL = `
 UPDATE {table} SET
@@ -113,11 +130,10 @@ UPDATE {table} SET
 	locked_at     = CASE WHEN ` + givenUpSQL + ` IS NULL THEN pg_catalog.now() END,
 	lease_until   = CASE WHEN ` + givenUpSQL + ` IS NULL THEN pg_catalog.now() + $4::bigint * interval '1 microsecond' END,
 	lease_token   = CASE WHEN ` + givenUpSQL + ` IS NOT NULL THEN NULL
-		WHEN ` + oursSQL + ` THEN lease_token
-		WHEN lease_token IS NOT NULL AND ($8::bool OR coalesce(lease_version, version) = version) THEN $3::uuid
+		WHEN lease_token <> $2::uuid AND ($8::bool OR coalesce(lease_version, version) = version) THEN $3::uuid
 		ELSE $2::uuid END,
 	lease_version = CASE WHEN ` + givenUpSQL + ` IS NOT NULL THEN NULL
-		WHEN ` + oursSQL + ` OR lease_token IS NOT NULL AND $8::bool THEN coalesce(lease_version, version)
+		WHEN lease_token <> $2::uuid AND $8::bool THEN coalesce(lease_version, version)
 		ELSE version END
 WHERE ctid = ANY (ARRAY(
 	SELECT ctid FROM {table}
@@ -126,6 +142,7 @@ WHERE ctid = ANY (ARRAY(
 		AND (lease_token IS NULL OR lease_until IS NULL OR lease_until <= pg_catalog.now() OR ` + oursSQL + `)
 		AND ($5::text[] IS NULL OR type = ANY ($5::text[]))
 		AND (lease_token IS NULL OR $9::bigint[] IS NULL OR id <> ALL ($9::bigint[]))
+		AND ($10::int = 0 OR ` + oursSQL + ` OR ($10::int = 2) = ` + suspectSQL + `)
 	ORDER BY ` + dueSQL + `, id
 	LIMIT $1::bigint
 	FOR UPDATE SKIP LOCKED))
@@ -134,6 +151,8 @@ RETURNING lease_token, coalesce(lease_version, 0), coalesce(not_after <= pg_cata
 const (
 	// dueSQL is the expression of the index outbox_notifications_due.
 	dueSQL = `coalesce(next_retry_at, created_at, '-infinity'::timestamptz)`
+
+	suspectSQL = `(lease_token IS NOT NULL AND lease_until IS NOT NULL AND coalesce(attempts, 0) = $6::int - 1)`
 
 	oursSQL = `lease_token IN ($2::uuid, $3::uuid)`
 
@@ -166,6 +185,9 @@ func (s *PGStore) Claim(ctx context.Context, opts ClaimOptions) (ClaimResult, er
 	case opts.MaxAttempts < 0 || opts.MaxAttempts > math.MaxInt32:
 		return ClaimResult{}, invalid("MaxAttempts", "%d is not between 0 and %d", opts.MaxAttempts, math.MaxInt32)
 	}
+	if opts.Suspects < TakeSuspects || opts.Suspects > OnlySuspects {
+		return ClaimResult{}, invalid("Suspects", "%d is none", opts.Suspects)
+	}
 	if opts.Types != nil && len(opts.Types) == 0 {
 		return ClaimResult{}, invalid("Types", "empty but not nil: nothing could be claimed")
 	}
@@ -183,7 +205,7 @@ func (s *PGStore) Claim(ctx context.Context, opts ClaimOptions) (ClaimResult, er
 	err := retry(ctx, func() error {
 		res = ClaimResult{}
 		rows, err := s.pool.Query(ctx, s.sql.claim, opts.Limit, uuid(opts.Token), uuid(opts.Token.resumed()),
-			opts.Lease.Microseconds(), opts.Types, opts.MaxAttempts, opts.AtMostOnce, opts.Reconcile, opts.Except)
+			opts.Lease.Microseconds(), opts.Types, opts.MaxAttempts, opts.AtMostOnce, opts.Reconcile, opts.Except, int(opts.Suspects))
 		if err != nil {
 			return err
 		}
@@ -335,8 +357,9 @@ type Settlement struct {
 // A row that was refreshed while it was leased has a version above the leased one;
 // then, whatever the verdict, it stays pending, with all its attempts before it and
 // due as the refresh said. A refresh that changed no content may have put off the
-// row: a retry is due no sooner. As a claim counts an attempt, a row that is pending
-// with none was superseded.
+// row: a retry is due no sooner. A delivery that ended is an attempt, also if an add
+// has begun to count anew, so a row that is pending with none was superseded. An
+// attempt is given back once: settling clears locked_at.
 const settleSQL = `
 WITH given AS MATERIALIZED (
 	SELECT * FROM ROWS FROM (pg_catalog.unnest($1::bigint[]), pg_catalog.unnest($2::uuid[]), pg_catalog.unnest($3::text[]),
@@ -345,7 +368,8 @@ WITH given AS MATERIALIZED (
 ), done AS (
 	UPDATE {table} AS t SET
 		status        = CASE WHEN ` + supersededSQL + ` THEN 'pending' WHEN verdict = 'delivered' THEN 'sent' WHEN verdict = 'failed' THEN 'failed' ELSE 'pending' END,
-		attempts      = CASE WHEN ` + supersededSQL + ` THEN 0 WHEN verdict = 'handback' THEN greatest(attempts - 1, 0) ELSE attempts END,
+		attempts      = CASE WHEN ` + supersededSQL + ` THEN 0 WHEN verdict = 'handback' AND locked_at IS NOT NULL THEN greatest(attempts - 1, 0)
+			WHEN verdict = 'handback' THEN attempts ELSE greatest(attempts, 1) END,
 		next_retry_at = CASE WHEN ` + supersededSQL + ` OR verdict = 'handback' THEN next_retry_at
 			WHEN verdict = 'retry' THEN greatest(next_retry_at, pg_catalog.clock_timestamp() + retry_in * interval '1 microsecond') END,
 		last_error    = CASE WHEN verdict IN ('retry', 'failed') THEN g.error ELSE last_error END,

@@ -33,13 +33,15 @@
 // READ and SERIALIZABLE PostgreSQL may answer 40001, with which nothing can be
 // done inside the transaction: [IsRetryable] says so and [RunInTx] runs it again.
 //
-// What no outbox can remove is a crash between a provider's accept and the note
-// of it in the database: then a message goes out a second time.
+// What no outbox can remove is a crash between a provider's accept and the note of
+// it in the database: then a message goes out a second time, or is given up on, as
+// the relay is configured.
 //
 // # Two sides
 //
 // Booking services hold a [Store] and call it in their own transactions. The rest
-// of [PGStore] runs on the store's own pool and is for relays and operators.
+// of [PGStore] runs on the store's own pool and is for relays and operators. Package
+// relay delivers.
 // [Migrate] makes the table, or takes over one that an older service has made.
 //
 // # Not goals

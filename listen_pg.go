@@ -42,15 +42,18 @@ const (
 // before. It blocks until ctx ends or its connection breaks, and is then to be called
 // again; adds that were made meanwhile are known by polling only.
 //
-// It takes a connection of its own, as the pool would make it, but beside the
-// pool. Where a pooler keeps notifications from arriving, which it finds out by
+// It takes a connection of its own beside the pool, with the pool's configuration,
+// BeforeConnect included but not AfterConnect. Where a pooler keeps notifications from arriving, which it finds out by
 // sending one through the pool, the error is [ErrNoNotifications].
 func (s *PGStore) Listen(ctx context.Context, wake func()) error {
 	if wake == nil {
 		return invalid("wake", "nil")
 	}
 	err := s.listen(ctx, wake)
-	if errors.Is(err, ErrNoNotifications) {
+	switch {
+	case ctx.Err() != nil:
+		return ctx.Err()
+	case errors.Is(err, ErrNoNotifications):
 		return err
 	}
 	return s.explain("listen", err)
@@ -63,6 +66,7 @@ func (s *PGStore) listen(ctx context.Context, wake func()) error {
 			return err
 		}
 	}
+	cfg.ConnConfig.OnNotification = nil // it would take what we wait for
 	conn, err := pgx.ConnectConfig(ctx, cfg.ConnConfig)
 	if err != nil {
 		return err

@@ -286,7 +286,7 @@ func (s *PGStore) Requeue(ctx context.Context, keys ...Key) (int, error) {
 	rows := fold(ins, make([]bool, len(ins)))
 	slices.SortFunc(rows, (*folded).compare)
 	n := 0
-	err := RunInTx(ctx, s.pool, pgx.TxOptions{IsoLevel: pgx.ReadCommitted}, func(tx pgx.Tx) error {
+	err := runInTx(ctx, s.pool, pgx.TxOptions{IsoLevel: pgx.ReadCommitted}, func(tx pgx.Tx) error {
 		n = 0
 		for shape, group := range byShape(rows) {
 			if len(group) == 0 {
@@ -455,7 +455,7 @@ const maxExactBytes = 16 << 20
 func (s *PGStore) Stats(ctx context.Context) (Stats, error) {
 	var st Stats
 	opts := pgx.TxOptions{IsoLevel: pgx.RepeatableRead, AccessMode: pgx.ReadOnly}
-	err := RunInTx(ctx, s.pool, opts, func(tx pgx.Tx) error {
+	err := runInTx(ctx, s.pool, opts, func(tx pgx.Tx) error {
 		st = Stats{Types: map[string]TypeStats{}}
 		var bytes, estimate int64
 		if err := tx.QueryRow(ctx, sizeSQL, s.table).Scan(&st.At, &bytes, &estimate); err != nil {

@@ -37,9 +37,11 @@ type Config struct {
 
 	// Notify has adds send a NOTIFY, for relays that listen. A transaction with a
 	// NOTIFY takes a lock at commit that all such transactions share, so at most four
-	// transactions a second send one; it costs each of those a round trip more.
-	// Relays learn of the others by polling, which is at its quickest after a find. A
-	// transaction that sends one cannot be prepared for two-phase commit.
+	// transactions a second of the store send one; it costs each of those a round trip
+	// more. Relays learn of the others by polling, which is at its quickest after a
+	// find. A transaction that sends one cannot be prepared for two-phase commit, and
+	// its commit fails in the rare case that the server's queue of notifications is full,
+	// as somebody has listened without reading for very long.
 	Notify bool
 }
 

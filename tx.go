@@ -70,8 +70,23 @@ func RunInTx(ctx context.Context, pool *pgxpool.Pool, opts pgx.TxOptions, fn fun
 	if fn == nil {
 		return invalid("fn", "nil")
 	}
+	err := runInTx(ctx, pool, opts, fn)
+	var gaveUp *gaveUpError
+	if errors.As(err, &gaveUp) {
+		return fmt.Errorf("outbox: %w", err)
+	}
+	return err
+}
+
+// runInTx is RunInTx for methods that put the package's name before their errors.
+func runInTx(ctx context.Context, pool *pgxpool.Pool, opts pgx.TxOptions, fn func(pgx.Tx) error) error {
 	return retry(ctx, func() error { return pgx.BeginTxFunc(ctx, pool, opts, fn) })
 }
+
+// gaveUpError is what retry returns in place of a transaction's own error.
+type gaveUpError struct{ error }
+
+func (e *gaveUpError) Unwrap() error { return e.error }
 
 // retry runs a transaction, again while its error [IsRetryable].
 func retry(ctx context.Context, tx func() error) error {
@@ -82,10 +97,10 @@ func retry(ctx context.Context, tx func() error) error {
 			return err
 		}
 		if run == maxTxRuns {
-			return fmt.Errorf("outbox: the transaction failed %d times, last: %w", run, err)
+			return &gaveUpError{fmt.Errorf("the transaction failed %d times, last: %w", run, err)}
 		}
 		if ended := sleep(ctx, rand.N(pause)); ended != nil {
-			return fmt.Errorf("outbox: not running the transaction again: %w; it failed with: %w", ended, err)
+			return &gaveUpError{fmt.Errorf("not running the transaction again: %w; it failed with: %w", ended, err)}
 		}
 		pause = min(2*pause, maxTxPause)
 	}

@@ -26,27 +26,22 @@ func (r *run) attempt(ctx context.Context, it *item) outbox.Settlement {
 		receipt, delivered, err := r.askReconciler(ctx, n, it.UnknownVersion)
 		switch {
 		case err != nil:
-			return r.judge(it, Unknown(fmt.Errorf("reconcile: %w", err)))
+			f := inspect(fmt.Errorf("reconcile: %w", err))
+			f.permanent, f.unknown = false, true // nothing was found out
+			return r.judge(ctx, it, f)
 		case delivered:
 			return outbox.Settlement{Verdict: outbox.Delivered, Receipt: r.receipt(n, receipt)}
-		case it.UnknownVersion < n.Version:
-			// The lease is for the version asked about. The next one is for this version.
+		case it.UnknownVersion < n.Version, it.Expired:
+			// The lease is for the version asked about, or was for asking alone: another
+			// claim decides, of which nothing is unknown.
 			return outbox.Settlement{Verdict: outbox.HandedBack}
-		case it.Expired:
-			return outbox.Settlement{Verdict: outbox.Failed, Error: "expired: not delivered before " + n.NotAfter.String()}
 		case r.cfg.MaxAttempts > 0 && n.Attempts > r.cfg.MaxAttempts: // see judge
 			return outbox.Settlement{Verdict: outbox.Failed, Error: errOutOfTries.Error()}
 		}
 	}
 	receipt, err := r.send(ctx, n)
-	var permanent *permanentError
-	switch {
-	case err == nil:
-	case errors.Is(ctx.Err(), context.Canceled) && !errors.As(err, &permanent) && (r.reconcile != nil || r.cfg.Delivery == AtLeastOnce):
-		// Cut off as the relay ends or the lease is lost, which is not the message's fault.
-		return outbox.Settlement{Verdict: outbox.HandedBack, Unknown: true}
-	default:
-		return r.judge(it, err)
+	if err != nil {
+		return r.judge(ctx, it, inspect(err))
 	}
 	return outbox.Settlement{Verdict: outbox.Delivered, Receipt: r.receipt(n, receipt)}
 }
@@ -72,35 +67,57 @@ func (r *run) recovered(n outbox.Notification, err *error) {
 	if p == nil {
 		return
 	}
-	*err = Unknown(fmt.Errorf("panic: %v", p))
+	*err = Unknown(fmt.Errorf("panic: %v", p)) // fmt survives a panic of p's own methods
 	r.log.LogAttrs(context.Background(), slog.LevelError, "outbox: the sender panicked",
 		append(attrs(n), slog.String("panic", errorText(*err)), slog.String("stack", string(debug.Stack())))...)
 }
 
-// judge says how to settle a delivery that failed with err.
-func (r *run) judge(it *item, err error) outbox.Settlement {
-	text := errorText(err)
+// failure is what an error says.
+type failure struct {
+	text      string
+	permanent bool
+	unknown   bool          // it leaves open what the provider did
+	answered  bool          // the provider asked to wait
+	after     time.Duration // for so long
+}
+
+// inspect reads err, whose methods are the sender's and may panic.
+func inspect(err error) (f failure) {
+	defer func() {
+		if p := recover(); p != nil {
+			f = failure{text: fmt.Sprintf("an error of type %T whose methods panic", err), unknown: true}
+		}
+	}()
 	var permanent *permanentError
-	if errors.As(err, &permanent) {
-		return outbox.Settlement{Verdict: outbox.Failed, Error: text}
+	var after *retryAfterError
+	f.permanent = errors.As(err, &permanent)
+	if errors.As(err, &after) {
+		f.answered, f.after = true, after.after
+	}
+	f.unknown = !f.answered && outcomeUnknown(err)
+	f.text = errorText(err)
+	return f
+}
+
+// judge says how to settle a delivery that failed. ctx is the one that it had.
+func (r *run) judge(ctx context.Context, it *item, f failure) outbox.Settlement {
+	if f.permanent {
+		return outbox.Settlement{Verdict: outbox.Failed, Error: f.text}
 	}
 	attempt, limit := it.Notification.Attempts, r.cfg.MaxAttempts
-	var after *retryAfterError
-	answered := errors.As(err, &after) // by the provider, so the outcome is known
-	unknown := !answered && outcomeUnknown(err)
 	switch {
-	case unknown && r.reconcile != nil && (limit < 0 || attempt <= limit):
+	case errors.Is(ctx.Err(), context.Canceled) && !f.answered && (r.reconcile != nil || r.cfg.Delivery == AtLeastOnce):
+		// Cut off as the relay ends or the lease is lost, which is not the message's fault.
+		return outbox.Settlement{Verdict: outbox.HandedBack, Unknown: true}
+	case f.unknown && r.reconcile != nil && (limit < 0 || attempt <= limit):
 		// The claim after the last attempt is for asking.
-	case unknown && (r.reconcile != nil || r.cfg.Delivery == AtMostOnce):
-		return outbox.Settlement{Verdict: outbox.Failed, Error: "outcome unknown: " + text}
+	case f.unknown && (r.reconcile != nil || r.cfg.Delivery == AtMostOnce):
+		return outbox.Settlement{Verdict: outbox.Failed, Error: "outcome unknown: " + f.text}
 	case limit > 0 && attempt >= limit:
-		return outbox.Settlement{Verdict: outbox.Failed, Error: text}
+		return outbox.Settlement{Verdict: outbox.Failed, Error: f.text}
 	}
-	wait := r.backoff(max(attempt, 1))
-	if answered {
-		wait = max(wait, after.after)
-	}
-	return outbox.Settlement{Verdict: outbox.Retry, Error: text, RetryIn: wait, Unknown: unknown}
+	wait := max(r.backoff(max(attempt, 1)), f.after)
+	return outbox.Settlement{Verdict: outbox.Retry, Error: f.text, RetryIn: wait, Unknown: f.unknown}
 }
 
 // backoff calls the configured backoff, and the default one where that panics or is
@@ -133,13 +150,8 @@ func storable(s string) string {
 const maxErrorBytes = 4096
 
 // errorText is what is kept of an error: all of it up to 4 KiB, then its beginning.
-func errorText(err error) (text string) {
-	defer func() {
-		if p := recover(); p != nil {
-			text = fmt.Sprintf("an error of type %T whose Error method panicked", err)
-		}
-	}()
-	text = storable(err.Error())
+func errorText(err error) string {
+	text := storable(err.Error())
 	if len(text) <= maxErrorBytes {
 		return text
 	}

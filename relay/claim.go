@@ -5,7 +5,6 @@ import (
 	"errors"
 	"log/slog"
 	"math/rand/v2"
-	"slices"
 	"time"
 
 	"github.com/seed3357934d/outbox"
@@ -14,28 +13,34 @@ import (
 // claimOn claims until ctx ends.
 func (r *run) claimOn(ctx context.Context) error {
 	var (
-		trouble = outage{log: r.log, doing: "claim"}
-		token   = outbox.NewToken()
-		pause   = firstPause
-		ever    bool
+		trouble  = outage{log: r.log, doing: "claim"}
+		normal   = newRequest(r.othersThanSuspects())
+		suspects = newRequest(outbox.OnlySuspects)
+		pause    = firstPause
+		ever     bool
 	)
 	for ctx.Err() == nil {
-		limit := r.capacity()
-		if limit == 0 {
-			select {
-			case <-r.room:
-			case <-ctx.Done():
+		req := normal
+		if r.suspectDue() {
+			req = suspects
+			req.limit = 1
+		} else if req.limit == 0 {
+			if req.limit = r.capacity(); req.limit == 0 {
+				select {
+				case <-r.room:
+				case <-ctx.Done():
+				}
+				continue
 			}
-			continue
 		}
-		found, err := r.claim(ctx, token, limit)
+		found, err := r.claim(ctx, req)
 		switch {
 		case err != nil && ctx.Err() != nil:
 			continue // which ends the loop
 		case errors.Is(err, outbox.ErrInvalid), errors.Is(err, outbox.ErrSetup) && !ever:
 			return err
 		case err != nil:
-			// Its rows may have been claimed all the same: the next claim has the same token.
+			// Its rows may have been claimed all the same: the request is repeated as it was.
 			trouble.began(err)
 			_ = sleep(ctx, trouble.pause())
 			if errors.Is(err, context.DeadlineExceeded) {
@@ -45,17 +50,19 @@ func (r *run) claimOn(ctx context.Context) error {
 		}
 		trouble.ended()
 		ever = true
-		token = outbox.NewToken()
+		limit := req.limit
+		req.renew()
+		if req == suspects {
+			continue
+		}
 		switch {
 		case found >= limit:
 			pause = 0
+			continue
 		case found > 0:
 			pause = min(firstPause, r.cfg.PollInterval)
 		default:
 			pause = min(max(pause+pause/2, firstPause), r.cfg.PollInterval)
-		}
-		if pause == 0 {
-			continue
 		}
 		timer := time.NewTimer(pause - rand.N(pause/5+1)) // so that relays do not march in step
 		select {
@@ -67,6 +74,43 @@ func (r *run) claimOn(ctx context.Context) error {
 		timer.Stop()
 	}
 	return nil
+}
+
+// request is a claim, to be repeated with the same token and limit until it is
+// answered.
+type request struct {
+	token    outbox.Token
+	limit    int // 0: to be decided
+	suspects outbox.Suspects
+}
+
+func newRequest(suspects outbox.Suspects) *request {
+	return &request{token: outbox.NewToken(), suspects: suspects}
+}
+
+// renew makes it another request.
+func (q *request) renew() { q.token, q.limit = outbox.NewToken(), 0 }
+
+// othersThanSuspects is what the claims of whole batches are for. With one attempt
+// there is none left for a suspect, and where they are unlimited none is the last.
+func (r *run) othersThanSuspects() outbox.Suspects {
+	if r.cfg.MaxAttempts > 1 {
+		return outbox.LeaveSuspects
+	}
+	return outbox.TakeSuspects
+}
+
+// suspectDue reports whether it is time to look for a suspect: one is sent at a time,
+// the next as soon as it has been settled.
+func (r *run) suspectDue() bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	now := time.Now()
+	if r.cfg.MaxAttempts <= 1 || r.suspect != nil || now.Before(r.nextSuspect) {
+		return false
+	}
+	r.nextSuspect = now.Add(r.cfg.PollInterval)
+	return true
 }
 
 // awaitAnswer asks the database until it answers. A claim that had no answer in time may
@@ -94,16 +138,16 @@ func (r *run) capacity() int {
 	defer r.mu.Unlock()
 	batch := r.cfg.BatchSize
 	free := batch - len(r.waiting)
-	// What cannot be settled yet is not to pile up behind callers that hold its rows.
-	if r.failing || free < (batch+1)/2 || len(r.live) >= 4*batch+r.cfg.Concurrency {
+	// Results are not to pile up in an outage, nor behind callers that hold their rows.
+	if free < (batch+1)/2 || r.unsettled >= 2*batch {
 		return 0
 	}
 	return free
 }
 
-// claim claims up to limit rows and returns how many it found, those that it failed
+// claim claims what req says and returns how many rows it found, those that it failed
 // included.
-func (r *run) claim(ctx context.Context, token outbox.Token, limit int) (int, error) {
+func (r *run) claim(ctx context.Context, req *request) (int, error) {
 	// When ctx ends, the answer should still be heard: nobody else knows these rows are free.
 	grace, cancel := afterwards(ctx, claimGrace)
 	defer cancel()
@@ -111,8 +155,8 @@ func (r *run) claim(ctx context.Context, token outbox.Token, limit int) (int, er
 	defer cancel()
 	began := time.Now()
 	res, err := r.queue.Claim(grace, outbox.ClaimOptions{
-		Limit: limit, Lease: r.cfg.Lease, Token: token, Types: r.cfg.Types, MaxAttempts: max(r.cfg.MaxAttempts, 0),
-		AtMostOnce: r.cfg.Delivery == AtMostOnce, Reconcile: r.reconcile != nil, Except: r.except(),
+		Limit: req.limit, Lease: r.cfg.Lease, Token: req.token, Types: r.cfg.Types, MaxAttempts: max(r.cfg.MaxAttempts, 0),
+		AtMostOnce: r.cfg.Delivery == AtMostOnce, Reconcile: r.reconcile != nil, Except: r.ids(), Suspects: req.suspects,
 	})
 	if err != nil {
 		return 0, err
@@ -121,74 +165,41 @@ func (r *run) claim(ctx context.Context, token outbox.Token, limit int) (int, er
 		r.logFailed(n, n.LastError)
 	}
 	items := make([]item, len(res.Claimed))
-	var siblings []*item
 	r.mu.Lock()
 	for i := range items {
 		it := &items[i]
 		*it = item{Claimed: &res.Claimed[i], claimed: began, until: began.Add(r.cfg.Lease)}
 		r.live[it] = struct{}{}
-		switch {
-		case !r.suspected(it):
-		case r.suspect == nil:
-			r.suspect = it
-		default:
-			siblings = append(siblings, it)
-			r.apart = append(r.apart, it.ID)
-			continue
-		}
 		r.waiting = append(r.waiting, it)
+		if req.suspects == outbox.OnlySuspects {
+			r.suspect = it
+		}
 	}
 	r.settled += len(res.Failed)
-	r.taken += len(siblings)
 	r.mu.Unlock()
-	for _, it := range siblings {
-		r.finish(it, outbox.Settlement{Verdict: outbox.HandedBack, Unknown: true})
-	}
 	signal(r.toSend)
 	return len(res.Claimed) + len(res.Failed), nil
-}
-
-// suspected reports whether it is on its last attempt and the one before left no
-// result. It may be a message that kills its process; more likely it waited in the same batch
-// as one, which cost it attempts all the same. So that it is not failed for that, such
-// rows are delivered one after the other, each while the others have been handed back.
-func (r *run) suspected(it *item) bool {
-	return it.UnknownVersion > 0 && r.cfg.MaxAttempts > 0 && it.Notification.Attempts >= r.cfg.MaxAttempts
-}
-
-// alone reports whether it is not suspected, or no other row at hand is.
-func (r *run) alone(it *item) bool {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if it != r.suspect {
-		return true
-	}
-	for other := range r.live {
-		if other != it && r.suspected(other) {
-			return false
-		}
-	}
-	return true
 }
 
 // forget is called under the lock when it is no longer this relay's.
 func (r *run) forget(it *item) {
 	delete(r.live, it)
 	if it == r.suspect {
-		r.suspect, r.apart = nil, nil
+		r.suspect, r.nextSuspect = nil, time.Time{}
 		r.Wake()
 	}
+	signal(r.room)
+	signal(r.progress)
 }
 
-// except returns the rows of this relay. Their leases may have ended by the time that the
-// database gets to a claim, however well they are renewed now: a server that was frozen
-// does first of all what it was last asked, also if nobody waits for the answer. The rows
-// are not to be sent again by the one that knows their result. Nor are those to be
-// claimed that wait for a suspect's end.
-func (r *run) except() []int64 {
+// ids returns the rows of this relay. Their leases may have ended by the time that
+// the database gets to a claim, however well they are renewed now: a server that was
+// frozen does first of all what it was last asked, also if nobody waits for the
+// answer. The rows are not to be sent again by the one that knows their result.
+func (r *run) ids() []int64 {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	ids := slices.Clone(r.apart)
+	ids := make([]int64, 0, len(r.live))
 	for it := range r.live {
 		ids = append(ids, it.ID)
 	}
@@ -231,6 +242,6 @@ func (o *outage) ended() {
 
 // pause is 50 ms after the first failure, doubled up to 5 s, half of it random.
 func (o *outage) pause() time.Duration {
-	d := min(50*time.Millisecond<<min(max(o.failures-1, 0), 10), 5*time.Second)
+	d := min(50*time.Millisecond<<min(max(o.failures-1, 0), 10), longestPause)
 	return d/2 + rand.N(d/2)
 }

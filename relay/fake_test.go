@@ -20,7 +20,7 @@ type fakeQueue struct {
 
 	mu      sync.Mutex
 	rows    map[int64]*fakeRow
-	claims  []outbox.ClaimOptions // those that were answered
+	claims  []outbox.ClaimOptions // those that were answered, but for suspects
 	claimed []time.Time
 	settles [][]outbox.Settlement
 	extends int
@@ -109,12 +109,18 @@ func (q *fakeQueue) Claim(ctx context.Context, opts outbox.ClaimOptions) (res ou
 			return res, err
 		}
 	}
-	q.claims = append(q.claims, opts)
-	q.claimed = append(q.claimed, time.Now())
+	if opts.Suspects != outbox.OnlySuspects {
+		q.claims = append(q.claims, opts)
+		q.claimed = append(q.claimed, time.Now())
+	}
 	now := q.now()
 	var due []*fakeRow
 	for _, row := range q.rows {
 		mine := row.token == opts.Token && opts.Token != outbox.Token{}
+		suspect := row.token != outbox.Token{} && !row.until.IsZero() && row.Attempts == opts.MaxAttempts-1
+		if !mine && opts.Suspects != outbox.TakeSuspects && suspect != (opts.Suspects == outbox.OnlySuspects) {
+			continue
+		}
 		if row.Status == outbox.StatusPending && !row.held && !slices.Contains(opts.Except, row.ID) && !row.NextRetryAt.After(now) &&
 			(row.token == outbox.Token{} || !row.until.After(now) || mine) {
 			due = append(due, row)
@@ -124,7 +130,13 @@ func (q *fakeQueue) Claim(ctx context.Context, opts outbox.ClaimOptions) (res ou
 		return cmp.Or(a.NextRetryAt.Compare(b.NextRetryAt), cmp.Compare(a.ID, b.ID))
 	})
 	for _, row := range due[:min(len(due), opts.Limit)] {
-		if opts.MaxAttempts > 0 && row.Attempts >= opts.MaxAttempts {
+		unknown := row.token != outbox.Token{} && row.token != opts.Token
+		if !(opts.Reconcile && unknown) && !row.NotAfter.IsZero() && !row.NotAfter.After(now) {
+			row.Status, row.LastError = outbox.StatusFailed, "expired"
+			res.Failed = append(res.Failed, row.Notification)
+			continue
+		}
+		if opts.MaxAttempts > 0 && row.Attempts >= opts.MaxAttempts && !(opts.Reconcile && unknown && row.Attempts == opts.MaxAttempts) {
 			row.Status, row.LastError = outbox.StatusFailed, "out of attempts"
 			res.Failed = append(res.Failed, row.Notification)
 			continue

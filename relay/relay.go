@@ -40,7 +40,8 @@ const (
 	AtLeastOnce Delivery = iota
 
 	// AtMostOnce fails it with "outcome unknown", for an operator: it may not go
-	// out at all.
+	// out at all. An error of Send that is no timeout counts as not delivered, so a
+	// sender must mark by [Unknown] what leaves that open, such as a broken connection.
 	AtMostOnce
 )
 
@@ -67,11 +68,15 @@ type Config struct {
 	// 0 is 20 s, or half of Lease if that is shorter.
 	SendTimeout time.Duration
 
-	// ShutdownTimeout bounds how long Run goes on after its ctx has ended, for what is
-	// being sent. 0 is 5 s more than SendTimeout.
+	// ShutdownTimeout bounds how long Run waits, after its ctx has ended, for what is
+	// being sent. Run goes on for up to 6 s more if senders do not heed their ctx or the
+	// database does not answer. 0 is 5 s more than SendTimeout.
 	ShutdownTimeout time.Duration
 
-	// MaxAttempts is after how many attempts a row is failed. 0 is 10; negative: never.
+	// MaxAttempts is after how many attempts a row is failed. 0 is 10; negative: never. A
+	// crash costs an attempt of every row that the process had claimed, so rows whose
+	// lease ran out are sent one at a time on their last attempt, which needs at least
+	// 2: one that kills its process then takes no others with it.
 	MaxAttempts int
 
 	// Backoff is how long a row waits after its attempt-th failed attempt,
@@ -139,8 +144,8 @@ func New(store Queue, sender Sender, cfg Config) (*Relay, error) {
 		return nil, invalid("BatchSize", "%d is negative", c.BatchSize)
 	case c.PollInterval < 0:
 		return nil, invalid("PollInterval", "%v is negative", c.PollInterval)
-	case c.Lease < minLease:
-		return nil, invalid("Lease", "%v is shorter than %v", c.Lease, minLease)
+	case c.Lease < minLease || c.Lease > maxLease:
+		return nil, invalid("Lease", "%v is not between %v and %v", c.Lease, minLease, maxLease)
 	case c.SendTimeout < 0:
 		return nil, invalid("SendTimeout", "%v is negative", c.SendTimeout)
 	case c.SendTimeout >= c.Lease:
@@ -174,8 +179,10 @@ func New(store Queue, sender Sender, cfg Config) (*Relay, error) {
 	return r, nil
 }
 
-// minLease leaves room for renewing: a third of it is what a database call may take.
-const minLease = 100 * time.Millisecond
+const (
+	minLease = 100 * time.Millisecond // leaves room for renewing: a third of it is what a database call may take
+	maxLease = 365 * 24 * time.Hour
+)
 
 func setDefault[T comparable](v *T, def T) {
 	var zero T
@@ -237,7 +244,14 @@ func (r *Relay) RunOnce(ctx context.Context) (int, error) {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		_, err := s.claim(ctx, outbox.NewToken(), r.cfg.BatchSize)
+		all := newRequest(s.othersThanSuspects())
+		all.limit = r.cfg.BatchSize
+		if _, err := s.claim(ctx, all); err != nil || !s.suspectDue() {
+			return err
+		}
+		suspect := newRequest(outbox.OnlySuspects)
+		suspect.limit = 1
+		_, err := s.claim(ctx, suspect)
 		return err
 	})
 	if err == nil {
@@ -246,24 +260,37 @@ func (r *Relay) RunOnce(ctx context.Context) (int, error) {
 	return s.settled, err
 }
 
+const listenAgain = 10 * time.Minute
+
 // listen has the store wake the relay, until ctx ends.
 func (r *Relay) listen(ctx context.Context) {
+	var mu sync.Mutex // a Listener may call wake from anywhere
 	trouble := outage{log: r.log, doing: "listen for NOTIFY"}
+	told := false
 	for ctx.Err() == nil {
 		err := r.listener.Listen(ctx, func() {
+			mu.Lock()
 			trouble.ended()
+			mu.Unlock()
 			r.Wake()
 		})
-		switch {
-		case ctx.Err() != nil:
-			return
-		case errors.Is(err, outbox.ErrNoNotifications):
-			r.log.LogAttrs(ctx, slog.LevelWarn, "outbox: notifications do not arrive, the relay goes by polling alone",
-				slog.String("error", err.Error()), slog.Duration("poll_interval", r.cfg.PollInterval))
+		if ctx.Err() != nil {
 			return
 		}
+		if errors.Is(err, outbox.ErrNoNotifications) {
+			if !told {
+				told = true
+				r.log.LogAttrs(ctx, slog.LevelWarn, "outbox: notifications do not arrive, the relay goes by polling alone",
+					slog.String("error", err.Error()), slog.Duration("poll_interval", r.cfg.PollInterval))
+			}
+			_ = sleep(ctx, listenAgain) // it may have been a database that was slow to answer
+			continue
+		}
+		mu.Lock()
 		trouble.began(err)
-		_ = sleep(ctx, trouble.pause())
+		pause := trouble.pause()
+		mu.Unlock()
+		_ = sleep(ctx, pause)
 	}
 }
 

@@ -353,7 +353,7 @@ func TestRun(t *testing.T) {
 	})
 
 	bubble("keeps_results_through_an_outage_and_claims_no_more_until_they_are_settled", func(t *testing.T) {
-		q := newFakeQueue(50)
+		q := newFakeQueue(500)
 		sent := 0
 		q.settleErr = failing
 		stop := start(t, newRelay(t, q, relay.SenderFunc(func(context.Context, outbox.Notification) (string, error) {
@@ -362,13 +362,13 @@ func TestRun(t *testing.T) {
 			return "", nil
 		}), relay.Config{Concurrency: 1, BatchSize: 10}))
 		advance(time.Hour)
-		require.LessOrEqual(t, sent, 20)
+		require.LessOrEqual(t, sent, 40)
 		require.Zero(t, q.count(outbox.StatusSent))
 		q.fail(&q.settleErr, nil)
 		advance(time.Minute)
 		require.NoError(t, stop())
-		require.Equal(t, 50, sent)
-		require.Equal(t, 50, q.count(outbox.StatusSent))
+		require.Equal(t, 500, sent)
+		require.Equal(t, 500, q.count(outbox.StatusSent))
 	})
 
 	bubble("settles_all_but_the_one_that_cannot_be_settled", func(t *testing.T) {
@@ -383,6 +383,61 @@ func TestRun(t *testing.T) {
 		advance(time.Minute)
 		require.Equal(t, 99, q.count(outbox.StatusSent))
 		require.ErrorContains(t, stop(), "the results of 1 deliveries could not be noted")
+	})
+
+	bubble("goes_on_beside_one_that_can_never_be_settled_and_says_which_it_is", func(t *testing.T) {
+		var log logBook
+		q := newFakeQueue(1)
+		q.settleBad = func(st outbox.Settlement) error {
+			if st.ID == 1 {
+				return errors.New("a trigger minds")
+			}
+			return nil
+		}
+		stop := start(t, newRelay(t, q, accept, relay.Config{BatchSize: 10, Logger: log.logger()}))
+		advance(time.Minute)
+		for id := range int64(1000) {
+			q.add(id + 2)
+		}
+		advance(time.Minute)
+		require.Equal(t, 1000, q.count(outbox.StatusSent))
+		require.Equal(t, 1, log.count("the result of a delivery cannot be noted"))
+		require.ErrorContains(t, stop(), "the results of 1 deliveries could not be noted")
+	})
+
+	bubble("claims_again_after_it_has_lost_all_it_had", func(t *testing.T) {
+		q := newFakeQueue(30)
+		steal := func() {
+			for id := range int64(30) {
+				q.change(id+1, func(row *fakeRow) { row.token, row.until = outbox.NewToken(), q.now().Add(time.Hour) })
+			}
+		}
+		sent := 0
+		stop := start(t, newRelay(t, q, relay.SenderFunc(func(context.Context, outbox.Notification) (string, error) {
+			if sent++; sent == 1 {
+				steal() // a frozen process wakes up, and others have its rows
+			}
+			return "", nil
+		}), relay.Config{BatchSize: 10, Lease: 10 * time.Second, Limiter: rate.NewLimiter(rate.Every(30*time.Second), 1)}))
+		advance(3 * time.Hour)
+		require.NoError(t, stop())
+		require.Equal(t, 30, q.count(outbox.StatusSent))
+	})
+
+	bubble("lets_the_next_claim_judge_what_expired_as_it_may_have_been_given_more_time", func(t *testing.T) {
+		q := newFakeQueue(0)
+		for id := range int64(2) {
+			q.add(id + 1).NotAfter = q.now().Add(10 * time.Second)
+		}
+		stop := start(t, newRelay(t, q, relay.SenderFunc(func(_ context.Context, n outbox.Notification) (string, error) {
+			q.change(2, func(row *fakeRow) { row.NotAfter = q.now().Add(time.Hour) })
+			take(11 * time.Second)
+			return "", nil
+		}), relay.Config{Concurrency: 1}))
+		advance(time.Minute)
+		require.NoError(t, stop())
+		require.Equal(t, 2, q.count(outbox.StatusSent))
+		require.Equal(t, 1, q.row(2).Attempts)
 	})
 
 	bubble("waits_for_a_row_that_a_caller_holds_without_keeping_others_waiting", func(t *testing.T) {
@@ -478,37 +533,44 @@ func TestRun(t *testing.T) {
 			require.NoError(t, stop())
 			require.Equal(t, []int64{1, 3}, sent)
 			require.Equal(t, outbox.StatusFailed, q.row(2).Status)
-			require.Contains(t, q.row(2).LastError, "expired")
 		}
 	})
 
-	bubble("sends_alone_what_may_kill_its_process_on_its_last_attempt", func(t *testing.T) {
-		// Of six rows that a dead process had, five are on their last attempt; one of those may
-		// have killed it.
-		q := newFakeQueue(8)
-		for id := range int64(6) {
-			q.change(id+1, func(row *fakeRow) { row.token, row.leased, row.Attempts = outbox.NewToken(), 1, 2 })
+	bubble("sends_one_at_a_time_what_may_kill_its_process_on_its_last_attempt", func(t *testing.T) {
+		// Of six rows that a dead process had, five are on their last attempt, and one of
+		// them may have killed it. Four more timed out, which is not suspect.
+		q := newFakeQueue(12)
+		for id := range int64(10) {
+			q.change(id+1, func(row *fakeRow) {
+				row.token, row.leased, row.Attempts = outbox.NewToken(), 1, 2
+				if id < 6 {
+					row.until = q.now()
+				}
+			})
 		}
 		q.change(6, func(row *fakeRow) { row.Attempts = 1 })
-		var now, most atomic.Int64
+		var suspects, most, others atomic.Int64
 		stop := start(t, newRelay(t, q, relay.SenderFunc(func(_ context.Context, n outbox.Notification) (string, error) {
+			now := &others
 			if n.ID <= 5 {
-				require.Equal(t, 3, n.Attempts)
-				most.Store(max(most.Load(), now.Add(1)))
-				defer now.Add(-1)
-				for id := range int64(5) {
-					if row := q.row(id + 1); id+1 != n.ID && row.Status == outbox.StatusPending {
-						require.Equal(t, 2, row.Attempts, "handed back meanwhile")
-					}
-				}
+				now = &suspects
+				most.Store(max(most.Load(), suspects.Load()+1))
 			}
+			now.Add(1)
 			take(time.Second)
+			now.Add(-1)
 			return "", nil
 		}), relay.Config{MaxAttempts: 3}))
+		advance(100 * time.Millisecond)
+		require.EqualValues(t, 1, suspects.Load())
+		require.EqualValues(t, 7, others.Load(), "do not wait for it")
+		advance(2900 * time.Millisecond)
+		require.Equal(t, 10, q.count(outbox.StatusSent), "a second each, without a pause")
 		advance(time.Minute)
 		require.NoError(t, stop())
 		require.EqualValues(t, 1, most.Load())
-		require.Equal(t, 8, q.count(outbox.StatusSent))
+		require.Equal(t, 12, q.count(outbox.StatusSent))
+		require.Equal(t, 3, q.row(5).Attempts)
 	})
 
 	bubble("does_not_pile_up_claims_in_a_server_that_does_not_answer", func(t *testing.T) {
@@ -537,7 +599,10 @@ func TestRun(t *testing.T) {
 		opts := q.claims[0]
 		require.NotZero(t, opts.Token)
 		opts.Token = outbox.Token{}
-		require.Equal(t, outbox.ClaimOptions{Limit: 7, Lease: time.Minute, Types: []string{"a"}, MaxAttempts: 3, AtMostOnce: true}, opts)
+		require.Empty(t, opts.Except)
+		opts.Except = nil
+		require.Equal(t, outbox.ClaimOptions{Limit: 7, Lease: time.Minute, Types: []string{"a"}, MaxAttempts: 3, AtMostOnce: true,
+			Suspects: outbox.LeaveSuspects}, opts)
 
 		_, err = newRelay(t, q, &reconciler{}, relay.Config{MaxAttempts: -1}).RunOnce(t.Context())
 		require.NoError(t, err)
@@ -571,6 +636,9 @@ type losingQueue struct {
 }
 
 func (q *losingQueue) Claim(ctx context.Context, opts outbox.ClaimOptions) (outbox.ClaimResult, error) {
+	if opts.Suspects == outbox.OnlySuspects {
+		return outbox.ClaimResult{}, nil
+	}
 	*q.tokens = append(*q.tokens, opts.Token)
 	res, err := q.fakeQueue.Claim(ctx, opts)
 	if len(*q.tokens) <= q.lose {
@@ -625,6 +693,43 @@ func TestShutdown(t *testing.T) {
 		require.True(t, st.Unknown)
 	})
 
+	bubble("keeps_the_providers_word_of_what_is_cut_off", func(t *testing.T) {
+		q := newFakeQueue(1)
+		stop := start(t, newRelay(t, q, relay.SenderFunc(func(ctx context.Context, n outbox.Notification) (string, error) {
+			<-ctx.Done()
+			return "", relay.RetryAfter(errors.New("busy"), time.Hour)
+		}), relay.Config{ShutdownTimeout: time.Second}))
+		advance(time.Second)
+		require.NoError(t, stop())
+		st := q.settles[0][0]
+		require.Equal(t, outbox.Retry, st.Verdict)
+		require.Equal(t, time.Hour, st.RetryIn)
+		require.False(t, st.Unknown)
+	})
+
+	bubble("hands_back_as_unknown_what_it_was_asking_about", func(t *testing.T) {
+		q := newFakeQueue(1)
+		q.change(1, func(row *fakeRow) { row.token, row.leased = outbox.NewToken(), 1 })
+		s := &slowReconciler{}
+		stop := start(t, newRelay(t, q, s, relay.Config{ShutdownTimeout: time.Second, Delivery: relay.AtMostOnce}))
+		advance(time.Second)
+		require.NoError(t, stop())
+		st := q.settles[0][0]
+		require.Equal(t, outbox.HandedBack, st.Verdict)
+		require.True(t, st.Unknown)
+	})
+
+	bubble("waits_for_as_long_as_it_is_told", func(t *testing.T) {
+		q := newFakeQueue(1)
+		stop := start(t, newRelay(t, q, relay.SenderFunc(func(context.Context, outbox.Notification) (string, error) {
+			take(15 * time.Second)
+			return "", nil
+		}), relay.Config{ShutdownTimeout: 1<<63 - 1}))
+		advance(time.Second)
+		require.NoError(t, stop())
+		require.Equal(t, 1, q.count(outbox.StatusSent))
+	})
+
 	bubble("leaves_behind_what_heeds_nothing_and_says_so", func(t *testing.T) {
 		q := newFakeQueue(2)
 		forever := make(chan struct{})
@@ -665,6 +770,14 @@ func TestShutdown(t *testing.T) {
 	})
 }
 
+// slowReconciler has no answer as long as it may look for one.
+type slowReconciler struct{ reconciler }
+
+func (s *slowReconciler) Reconcile(ctx context.Context, _ outbox.Notification, _ int64) (string, bool, error) {
+	<-ctx.Done()
+	return "", false, ctx.Err()
+}
+
 // slowQueue takes its time to claim.
 type slowQueue struct {
 	*fakeQueue
@@ -672,6 +785,9 @@ type slowQueue struct {
 }
 
 func (q *slowQueue) Claim(ctx context.Context, opts outbox.ClaimOptions) (outbox.ClaimResult, error) {
+	if opts.Suspects == outbox.OnlySuspects {
+		return outbox.ClaimResult{}, nil
+	}
 	select {
 	case <-ctx.Done():
 		return outbox.ClaimResult{}, ctx.Err()
@@ -705,6 +821,31 @@ func TestRunOnce(t *testing.T) {
 		}
 		require.Equal(t, 10, q.count(outbox.StatusSent))
 		require.Equal(t, 1, q.count(outbox.StatusFailed))
+	})
+
+	bubble("counts_what_is_due_again_at_once", func(t *testing.T) {
+		q := newFakeQueue(1)
+		q.change(1, func(row *fakeRow) { row.token, row.leased, row.Version = outbox.NewToken(), 1, 2 })
+		s := &reconciler{answer: func() (string, bool, error) { return "", false, nil }}
+		r := newRelay(t, q, s, relay.Config{})
+		for _, want := range []int{1, 1, 0} {
+			n, err := r.RunOnce(t.Context())
+			require.NoError(t, err)
+			require.Equal(t, want, n)
+		}
+		require.Equal(t, []int64{2}, s.sent)
+	})
+
+	bubble("is_quiet_when_its_time_is_shorter_than_the_limiter_takes", func(t *testing.T) {
+		q := newFakeQueue(30)
+		var log logBook
+		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+		defer cancel()
+		n, err := newRelay(t, q, accept, relay.Config{Limiter: rate.NewLimiter(0.5, 1), Logger: log.logger()}).RunOnce(ctx)
+		require.ErrorIs(t, err, context.DeadlineExceeded)
+		require.InDelta(t, 10, n, 1)
+		require.Zero(t, log.count("level=ERROR"))
+		require.Zero(t, q.leases())
 	})
 
 	bubble("does_not_count_what_another_has_taken", func(t *testing.T) {
@@ -802,7 +943,9 @@ func TestSender(t *testing.T) {
 		"a_goexit_too": {send: func(context.Context, outbox.Notification) (string, error) { runtime.Goexit(); return "", nil }, cfg: relay.Config{Backoff: hour},
 			want: outbox.Settlement{Verdict: outbox.Retry, Error: "the sender ended its goroutine", RetryIn: time.Hour, Unknown: true}},
 		"an_error_whose_text_panics": {send: fails(panickingError{}), cfg: relay.Config{Backoff: hour},
-			want: outbox.Settlement{Verdict: outbox.Retry, Error: "an error of type relay_test.panickingError whose Error method panicked", RetryIn: time.Hour}},
+			want: outbox.Settlement{Verdict: outbox.Retry, Error: "an error of type relay_test.panickingError whose methods panic", RetryIn: time.Hour, Unknown: true}},
+		"an_error_that_is_nil_inside": {send: fails((*wrappingError)(nil)), cfg: relay.Config{Backoff: hour},
+			want: outbox.Settlement{Verdict: outbox.Retry, Error: "an error of type *relay_test.wrappingError whose methods panic", RetryIn: time.Hour, Unknown: true}},
 		"what_PostgreSQL_cannot_keep_is_replaced_in_an_error": {send: fails(errors.New("a\x00b\xffc")), cfg: relay.Config{Backoff: hour},
 			want: outbox.Settlement{Verdict: outbox.Retry, Error: "a\uFFFDb\uFFFDc", RetryIn: time.Hour}},
 		"a_long_error_is_cut_between_characters": {send: fails(errors.New("x" + long)), cfg: relay.Config{Backoff: hour},
@@ -834,6 +977,11 @@ func TestSender(t *testing.T) {
 type panickingError struct{}
 
 func (panickingError) Error() string { panic("oh no") }
+
+type wrappingError struct{ err error }
+
+func (e *wrappingError) Error() string { return e.err.Error() }
+func (e *wrappingError) Unwrap() error { return e.err }
 
 func TestBackoff(t *testing.T) {
 	t.Parallel()
@@ -925,7 +1073,7 @@ func TestReconciler(t *testing.T) {
 		"out_of_attempts_and_delivered":            {answer: yes, attempts: 10, version: 1, verdict: outbox.Delivered},
 		"out_of_attempts_and_not_delivered":        {answer: no, attempts: 10, version: 1, verdict: outbox.Failed, text: "out of attempts: the last delivery left no result"},
 		"expired_and_delivered":                    {answer: yes, attempts: 1, version: 1, expired: true, verdict: outbox.Delivered},
-		"expired_and_not_delivered":                {answer: no, attempts: 1, version: 1, expired: true, verdict: outbox.Failed, text: "expired"},
+		"expired_and_not_delivered":                {answer: no, attempts: 1, version: 1, expired: true, verdict: outbox.HandedBack},
 		"an_older_version_that_was_delivered":      {answer: yes, attempts: 1, version: 2, verdict: outbox.Delivered},
 		"an_older_version_that_was_not_is_dropped": {answer: no, attempts: 1, version: 2, verdict: outbox.HandedBack},
 	} {
@@ -985,6 +1133,26 @@ func TestReconciler(t *testing.T) {
 			require.True(t, q.settles[0][0].Unknown)
 		}
 	})
+
+	for name, wrap := range map[string]func(error) error{
+		"RetryAfter": func(err error) error { return relay.RetryAfter(err, time.Hour) },
+		"Permanent":  relay.Permanent,
+	} {
+		t.Run("an_error_of_it_leaves_the_outcome_unknown_also_with_"+name, func(t *testing.T) {
+			t.Parallel()
+			for _, delivery := range []relay.Delivery{relay.AtLeastOnce, relay.AtMostOnce} {
+				q := newFakeQueue(1)
+				q.change(1, func(row *fakeRow) { row.token, row.leased = outbox.NewToken(), 1 })
+				s := &reconciler{answer: func() (string, bool, error) { return "", false, wrap(io.EOF) }}
+				_, err := newRelay(t, q, s, relay.Config{Delivery: delivery}).RunOnce(t.Context())
+				require.NoError(t, err)
+				st := q.settles[0][0]
+				require.Equal(t, outbox.Retry, st.Verdict)
+				require.True(t, st.Unknown)
+				require.Equal(t, name == "RetryAfter", st.RetryIn >= time.Hour)
+			}
+		})
+	}
 
 	t.Run("a_panic_of_it_is_no_answer", func(t *testing.T) {
 		t.Parallel()
@@ -1061,7 +1229,7 @@ func TestListen(t *testing.T) {
 			advance(time.Hour)
 			require.NoError(t, stop())
 			require.Equal(t, outbox.StatusSent, q.row(1).Status)
-			require.EqualValues(t, 1, q.calls.Load())
+			require.InDelta(t, 7, q.calls.Load(), 1, "now and then")
 			require.Equal(t, 1, log.count("by polling alone"))
 		})
 	})

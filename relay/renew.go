@@ -51,8 +51,8 @@ func (r *run) extend(ctx context.Context, items []*item) (held bool, err error) 
 	if err != nil {
 		return false, err
 	}
+	var dropped []*item
 	r.mu.Lock()
-	defer r.mu.Unlock()
 	for i, it := range items {
 		switch results[i] {
 		case outbox.LeaseDone:
@@ -60,30 +60,37 @@ func (r *run) extend(ctx context.Context, items []*item) (held bool, err error) 
 		case outbox.LeaseHeld:
 			held = true
 		case outbox.LeaseStale:
-			r.lose(it)
+			if r.lose(it) {
+				dropped = append(dropped, it)
+			}
 		}
+	}
+	r.mu.Unlock()
+	for _, it := range dropped {
+		r.log.LogAttrs(ctx, slog.LevelWarn, "outbox: a lease was lost before its message was sent", attrs(it.Notification)...)
 	}
 	return held, nil
 }
 
-// lose gives up a row that another has claimed: what waits is dropped, and a Send
-// under way is told to end. What is finished is left for its settlement to show.
-func (r *run) lose(it *item) {
+// lose gives up, under the lock, a row that another has claimed: what waits is
+// dropped, which it reports, and a Send under way is told to end. What is finished is
+// left for its settlement to show.
+func (r *run) lose(it *item) (dropped bool) {
 	if _, mine := r.live[it]; !mine {
-		return // two calls have found it out
+		return false // two calls have found it out
 	}
 	if it.cancel != nil || it.settlement.Verdict != "" {
 		if it.cancel != nil {
 			it.cancel()
 		}
 		it.until = time.Now().Add(r.cfg.Lease) // not to be asked about again soon
-		return
+		return false
 	}
 	r.forget(it)
 	if i := slices.Index(r.waiting, it); i >= 0 {
 		r.waiting = slices.Delete(r.waiting, i, i+1)
 	}
-	r.log.LogAttrs(context.Background(), slog.LevelWarn, "outbox: a lease was lost before its message was sent", attrs(it.Notification)...)
+	return true
 }
 
 // leaseLeft is how long the lease of it holds at least. The monotonic clock stands

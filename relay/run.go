@@ -11,12 +11,14 @@ import (
 )
 
 const (
-	firstPause  = 5 * time.Millisecond // between two claims, after one that found something
-	maxSettle   = 1000                 // rows in one statement
-	gatherTime  = time.Millisecond     // for results to come together, while more is being sent
-	claimGrace  = time.Second          // for a claim to end by itself when ctx has ended
-	heedTime    = time.Second          // for a Send to heed the end of its ctx
-	closingTime = 5 * time.Second      // for noting the last results
+	firstPause   = 5 * time.Millisecond  // between two claims, after one that found something
+	maxSettle    = 1000                  // rows in one statement
+	longestHeld  = 50 * time.Millisecond // before a row is tried again that a caller holds
+	longestPause = 5 * time.Second       // in an outage
+	gatherTime   = time.Millisecond      // for results to come together, while more is being sent
+	claimGrace   = time.Second           // for a claim to end by itself when ctx has ended
+	heedTime     = time.Second           // for a Send to heed the end of its ctx
+	closingTime  = 5 * time.Second       // for noting the last results
 )
 
 // item is a row that this relay has claimed and not yet settled.
@@ -30,6 +32,7 @@ type item struct {
 	cancel     context.CancelFunc // of its Send, while there is one
 	settlement outbox.Settlement
 	maybeDone  bool // a settle failed that may have taken effect
+	unclaimed  bool // handed back as the relay ends, as if it had never been claimed
 }
 
 // run is one call of Run or RunOnce.
@@ -43,19 +46,18 @@ type run struct {
 	// or less under way.
 	toSend, toSettle, room, progress chan struct{}
 
-	mu        sync.Mutex
-	live      map[*item]struct{} // all that is waiting, taken or finished
-	waiting   []*item            // to be sent, in this order
-	taken     int                // from waiting, and not yet finished or put back
-	finished  []*item            // to be settled, in this order
-	unsettled int                // finished, and what is being settled just now
-	workers   int
-	suspect   *item   // the live one that suspected is true of
-	apart     []int64 // rows handed back so as not to share its fate
-	closed    bool    // nothing more will be claimed
-	ended     bool    // nothing more will be sent
-	failing   bool    // the last settle failed
-	settled   int     // rows, since the start
+	mu          sync.Mutex
+	live        map[*item]struct{} // all that is waiting, taken or finished
+	waiting     []*item            // to be sent, in this order
+	taken       int                // from waiting, and not yet finished or put back
+	finished    []*item            // to be settled, in this order
+	unsettled   int                // finished, and what is being settled just now
+	workers     int
+	suspect     *item     // the one being sent, see outbox.Suspects
+	nextSuspect time.Time // when to look for one
+	closed      bool      // nothing more will be claimed
+	ended       bool      // nothing more will be sent
+	settled     int       // rows, since the start
 }
 
 func newRun(r *Relay) *run {
@@ -97,7 +99,7 @@ func (r *run) do(ctx context.Context, claim func(context.Context) error) error {
 	r.await(ctx, func() bool { return len(r.waiting) == 0 && r.taken == 0 })
 	r.handBack()
 
-	heed, cancel := afterwards(ctx, r.cfg.ShutdownTimeout+heedTime)
+	heed, cancel := afterwards(sendCtx, heedTime)
 	defer cancel()
 	r.await(heed, func() bool { return r.taken == 0 })
 	closing, cancel := afterwards(ctx, closingTime)

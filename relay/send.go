@@ -105,15 +105,12 @@ func waitFor(ctx context.Context, c <-chan struct{}, d time.Duration) {
 // ready waits for the limiter and makes sure that the lease of it holds. Where it is
 // false the row has been dealt with, or waits again.
 func (r *run) ready(ctx context.Context, it *item, trouble *outage) bool {
-	if !r.alone(it) {
-		r.wait(it, firstPause)
-		return false
-	}
 	if r.cfg.Limiter != nil {
 		if err := r.cfg.Limiter.Wait(ctx); err != nil {
 			r.wait(it, r.cfg.PollInterval)
-			if ctx.Err() == nil {
-				// Its burst was set to 0, or ctx will end before its turn.
+			if _, ends := ctx.Deadline(); ends {
+				<-ctx.Done() // before its turn, as the limiter knows
+			} else if ctx.Err() == nil {
 				r.log.LogAttrs(ctx, slog.LevelError, "outbox: the limiter lets nothing pass", slog.String("error", err.Error()))
 				_ = sleep(ctx, r.cfg.PollInterval)
 			}
@@ -147,13 +144,14 @@ func (r *run) ready(ctx context.Context, it *item, trouble *outage) bool {
 		trouble.ended()
 		if held {
 			it.tries++
-			r.wait(it, heldPause(it.tries))
+			r.wait(it, growingPause(it.tries, longestHeld))
 			return false
 		}
 	}
 	n := &it.Notification
 	if !n.NotAfter.IsZero() && !it.Expired && time.Since(it.claimed) >= n.NotAfter.Sub(n.LockedAt) {
-		r.finish(it, outbox.Settlement{Verdict: outbox.Failed, Error: "expired: not delivered before " + n.NotAfter.String()})
+		// It is for the next claim to fail it, as an add may have moved NotAfter meanwhile.
+		r.finish(it, handedBack(it))
 		return false
 	}
 	return true
@@ -170,6 +168,7 @@ func (r *run) wait(it *item, d time.Duration) {
 	}
 	r.mu.Unlock()
 	if mine && ended {
+		it.unclaimed = true
 		r.finish(it, handedBack(it))
 		return
 	}
@@ -185,8 +184,11 @@ func (r *run) untake() {
 	signal(r.progress)
 }
 
-// heldPause is how long to leave a row alone that a caller holds, the n-th time.
-func heldPause(n int) time.Duration { return min(5*time.Millisecond<<min(n, 10), 50*time.Millisecond) }
+// growingPause is how long to leave a row alone the n-th time: 10 ms, doubled up to
+// most.
+func growingPause(n int, most time.Duration) time.Duration {
+	return min(5*time.Millisecond<<min(n, 20), most)
+}
 
 // deliver sends one message. Whatever the sender does, it ends with a settlement.
 func (r *run) deliver(ctx context.Context, it *item) {
@@ -198,7 +200,7 @@ func (r *run) deliver(ctx context.Context, it *item) {
 	returned := false
 	defer func() {
 		if !returned { // the sender called runtime.Goexit
-			st = r.judge(it, errGoexit)
+			st = r.judge(ctx, it, inspect(errGoexit))
 		}
 		cancel()
 		r.finish(it, st)
@@ -216,6 +218,7 @@ func (r *run) handBack() {
 	r.taken += len(waiting)
 	r.mu.Unlock()
 	for _, it := range waiting {
+		it.unclaimed = true
 		r.finish(it, handedBack(it))
 	}
 }

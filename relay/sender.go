@@ -12,7 +12,7 @@ import (
 // Sender gives messages to a provider.
 type Sender interface {
 	// Send delivers n and returns the provider's id of the message, which is kept
-	// on the row as its Receipt; "" is fine.
+	// on the row as its Receipt, in place of any before; "" is fine.
 	//
 	// n is the row as it was when the relay claimed it. With 0 < n.SentVersion <
 	// n.Version an earlier version has been delivered, as n.Receipt: the sender may
@@ -20,7 +20,8 @@ type Sender interface {
 	//
 	// Any error is a failed attempt, to be repeated by [Config].Backoff, unless it
 	// holds one made by [Permanent], [RetryAfter] or [Unknown], however wrapped or
-	// joined. A panic and runtime.Goexit fail the attempt too, and only this one.
+	// joined. A panic and runtime.Goexit fail the attempt too, and only this one. What
+	// was cut off by the end of the relay is no failed attempt: another relay tries it.
 	//
 	// ctx ends after [Config].SendTimeout, and when a relay that shuts down can wait
 	// no longer. A Send that does not heed it keeps its place among the concurrent
@@ -47,8 +48,9 @@ type Reconciler interface {
 	// receipt that Send would have returned. Where n.Version is above version, n was
 	// changed since, and n.Payload is the newer content.
 	//
-	// An error leaves the outcome unknown: the row is asked about again as if a
-	// delivery had failed, until it is out of attempts. ctx is as in Send.
+	// Any error leaves the outcome unknown, also a Permanent one: the row is asked about
+	// again as if a delivery had failed, not before RetryAfter, until it is out of
+	// attempts. ctx is as in Send.
 	Reconcile(ctx context.Context, n outbox.Notification, version int64) (receipt string, delivered bool, err error)
 }
 

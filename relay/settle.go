@@ -2,6 +2,7 @@ package relay
 
 import (
 	"context"
+	"log/slog"
 	"time"
 
 	"github.com/seed3357934d/outbox"
@@ -36,7 +37,12 @@ func (r *run) settle(ctx context.Context) {
 			limit = max(1, len(batch)/2)
 			r.settleAgain(batch)
 			trouble.began(err)
-			_ = sleep(ctx, trouble.pause())
+			if len(batch) > 1 {
+				_ = sleep(ctx, trouble.pause())
+			} else {
+				r.logUnsettled(batch[0], err)
+				_ = sleep(ctx, longestPause/100) // its own pause grows
+			}
 			continue
 		}
 		trouble.ended()
@@ -82,7 +88,6 @@ func (r *run) takeFinished(limit int) (batch []*item, wait time.Duration) {
 func (r *run) settleAgain(batch []*item) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.failing = true
 	for _, it := range batch {
 		it.maybeDone = true
 	}
@@ -91,29 +96,36 @@ func (r *run) settleAgain(batch []*item) {
 		return
 	}
 	batch[0].tries++
-	batch[0].notBefore = time.Now().Add(heldPause(batch[0].tries))
+	batch[0].notBefore = time.Now().Add(growingPause(batch[0].tries, longestPause))
 	r.finished = append(r.finished, batch[0])
+}
+
+// logUnsettled tells which row it is that alone cannot be settled.
+func (r *run) logUnsettled(it *item, err error) {
+	if it.tries == 3 {
+		r.log.LogAttrs(context.Background(), slog.LevelError, "outbox: the result of a delivery cannot be noted, to be tried again",
+			append(attrs(it.Notification), slog.String("verdict", string(it.settlement.Verdict)), slog.String("error", err.Error()))...)
+	}
 }
 
 // noteSettled takes note of what became of a batch.
 func (r *run) noteSettled(batch []*item, results []outbox.LeaseResult) {
 	wake := false
 	r.mu.Lock()
-	r.failing = false
 	for i, it := range batch {
 		if results[i] == outbox.LeaseHeld {
 			it.tries++
-			it.notBefore = time.Now().Add(heldPause(it.tries))
+			it.notBefore = time.Now().Add(growingPause(it.tries, longestHeld))
 			r.finished = append(r.finished, it)
 			continue
 		}
 		r.forget(it)
 		r.unsettled--
-		if results[i] != outbox.LeaseStale && it.settlement.Verdict != outbox.HandedBack {
+		if results[i] != outbox.LeaseStale && !it.unclaimed {
 			r.settled++
 		}
 		// Something is due at once: newer content, or content that the provider turned out not to have.
-		wake = wake || results[i] == outbox.LeaseSuperseded || it.settlement.Verdict == outbox.HandedBack
+		wake = wake || results[i] == outbox.LeaseSuperseded || it.settlement.Verdict == outbox.HandedBack && !it.unclaimed
 	}
 	r.mu.Unlock()
 	for i, it := range batch {
@@ -122,6 +134,4 @@ func (r *run) noteSettled(batch []*item, results []outbox.LeaseResult) {
 	if wake {
 		r.Wake()
 	}
-	signal(r.room)
-	signal(r.progress)
 }
