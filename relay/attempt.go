@@ -175,7 +175,7 @@ func (r *run) logSettled(it *item, res outbox.LeaseResult) {
 	case st.Verdict == outbox.Retry:
 		r.log.LogAttrs(ctx, slog.LevelWarn, "outbox: delivery failed, to be tried again",
 			append(attrs(n), slog.String("error", st.Error), slog.Duration("retry_in", st.RetryIn))...)
-	case st.Verdict == outbox.Delivered:
+	case st.Verdict == outbox.Delivered && r.log.Enabled(ctx, slog.LevelDebug): // attrs cost something
 		r.log.LogAttrs(ctx, slog.LevelDebug, "outbox: delivered", attrs(n)...)
 	}
 }

@@ -27,7 +27,7 @@ func BenchmarkDeliver(b *testing.B) {
 		relays int
 		cfg    relay.Config
 	}{
-		{1, relay.Config{}},
+		{1, relay.Config{BatchSize: 100}},
 		{1, relay.Config{BatchSize: 1000}},
 		{4, relay.Config{BatchSize: 1000}},
 	} {
@@ -91,7 +91,7 @@ func deliverByHand(b *testing.B, db *pgtest.DB) {
 // deliverAll has relays deliver rows and returns when the last is settled.
 func deliverAll(b *testing.B, db *pgtest.DB, rows int64, relays int, cfg relay.Config) {
 	ctx, cancel := context.WithCancel(b.Context())
-	q := &countingQueue{PGStore: db.Store, left: atomic.Int64{}, done: cancel}
+	q := &countingQueue{PGStore: db.Store, done: cancel}
 	q.left.Store(rows)
 	var sent atomic.Int64
 	var wg sync.WaitGroup
@@ -119,7 +119,13 @@ type countingQueue struct {
 
 func (q *countingQueue) Settle(ctx context.Context, sts []outbox.Settlement) ([]outbox.LeaseResult, error) {
 	res, err := q.PGStore.Settle(ctx, sts)
-	if err == nil && q.left.Add(-int64(len(sts))) <= 0 {
+	settled := int64(0)
+	for _, r := range res {
+		if r == outbox.LeaseDone {
+			settled++
+		}
+	}
+	if q.left.Add(-settled) <= 0 {
 		q.done()
 	}
 	return res, err

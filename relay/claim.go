@@ -181,13 +181,18 @@ func (r *run) claim(ctx context.Context, req *request) (int, error) {
 	return len(res.Claimed) + len(res.Failed), nil
 }
 
-// forget is called under the lock when it is no longer this relay's.
+// forget is called under the lock when it is no longer this relay's. Its callers say
+// so by fewer.
 func (r *run) forget(it *item) {
 	delete(r.live, it)
 	if it == r.suspect {
 		r.suspect, r.nextSuspect = nil, time.Time{}
 		r.Wake()
 	}
+}
+
+// fewer tells those who wait for it that this relay has fewer rows.
+func (r *run) fewer() {
 	signal(r.room)
 	signal(r.progress)
 }

@@ -564,7 +564,7 @@ func TestRun(t *testing.T) {
 		advance(100 * time.Millisecond)
 		require.EqualValues(t, 1, suspects.Load())
 		require.EqualValues(t, 7, others.Load(), "do not wait for it")
-		advance(2900 * time.Millisecond)
+		advance(3 * time.Second)
 		require.Equal(t, 10, q.count(outbox.StatusSent), "a second each, without a pause")
 		advance(time.Minute)
 		require.NoError(t, stop())

@@ -66,6 +66,7 @@ func (r *run) extend(ctx context.Context, items []*item) (held bool, err error) 
 		}
 	}
 	r.mu.Unlock()
+	r.fewer()
 	for _, it := range dropped {
 		r.log.LogAttrs(ctx, slog.LevelWarn, "outbox: a lease was lost before its message was sent", attrs(it.Notification)...)
 	}

@@ -128,6 +128,7 @@ func (r *run) noteSettled(batch []*item, results []outbox.LeaseResult) {
 		wake = wake || results[i] == outbox.LeaseSuperseded || it.settlement.Verdict == outbox.HandedBack && !it.unclaimed
 	}
 	r.mu.Unlock()
+	r.fewer()
 	for i, it := range batch {
 		r.logSettled(it, results[i])
 	}
