@@ -131,12 +131,13 @@ func (q *fakeQueue) Claim(ctx context.Context, opts outbox.ClaimOptions) (res ou
 	})
 	for _, row := range due[:min(len(due), opts.Limit)] {
 		unknown := row.token != outbox.Token{} && row.token != opts.Token
-		if !(opts.Reconcile && unknown) && !row.NotAfter.IsZero() && !row.NotAfter.After(now) {
+		ask := opts.Reconcile && unknown
+		if !ask && !row.NotAfter.IsZero() && !row.NotAfter.After(now) {
 			row.Status, row.LastError = outbox.StatusFailed, "expired"
 			res.Failed = append(res.Failed, row.Notification)
 			continue
 		}
-		if opts.MaxAttempts > 0 && row.Attempts >= opts.MaxAttempts && !(opts.Reconcile && unknown && row.Attempts == opts.MaxAttempts) {
+		if opts.MaxAttempts > 0 && row.Attempts >= opts.MaxAttempts && (!ask || row.Attempts > opts.MaxAttempts) {
 			row.Status, row.LastError = outbox.StatusFailed, "out of attempts"
 			res.Failed = append(res.Failed, row.Notification)
 			continue
