@@ -21,22 +21,27 @@ type Token [16]byte
 func NewToken() Token {
 	var t Token
 	_, _ = rand.Read(t[:]) // never fails, see crypto/rand
-	t[len(t)-1] &^= resumedBit
+	t[len(t)-1] &^= resumedBit | suspectBit
 	return t
 }
 
 // String is the token as the column lease_token has it, but for the hyphens.
 func (t Token) String() string { return hex.EncodeToString(t[:]) }
 
-// resumedBit of a token's last byte tells the two tokens of one claim apart: the
-// one with it is for rows on which another lease ran out without a result, which
-// RETURNING alone could not tell.
-const resumedBit = 1
+// The bits of a token's last byte that tell the three tokens of one claim apart, as
+// RETURNING alone could not: rows on which another lease left no result have the
+// first, and suspects among them both.
+const (
+	resumedBit = 1
+	suspectBit = 2
+)
 
-func (t Token) resumed() Token {
-	t[len(t)-1] |= resumedBit
+func (t Token) with(bits byte) Token {
+	t[len(t)-1] |= bits
 	return t
 }
+
+func (t Token) has(bit byte) bool { return t[len(t)-1]&bit != 0 }
 
 // Lease is the right to deliver one row until the database's clock passes its end.
 type Lease struct {
@@ -51,8 +56,9 @@ type ClaimOptions struct {
 
 	// Token is written to the rows claimed. The zero token is a random one. To
 	// repeat a claim that failed, and whose outcome is unknown therefore, give the
-	// same token again: rows that the first one claimed after all are returned
-	// without being counted as another attempt.
+	// same token again, until less than Limit is found, with what was returned by then in
+	// Except: rows that the first one claimed after all are returned without being
+	// counted as another attempt. They have no precedence over others.
 	Token Token
 
 	Types       []string // nil: all; others are read past, so a backlog of them slows the claim
@@ -75,14 +81,14 @@ type ClaimOptions struct {
 
 // Suspects says whether a claim takes suspects: rows whose last lease ran out, as
 // their process died or was frozen, and that have one attempt left. A message may
-// have killed its process; or it only waited in the same batch as one that did, which cost it
-// attempts all the same. Sent one at a time, it is not failed for that.
+// have killed its process; or it only waited in the same batch as one that did, which
+// cost it attempts all the same. Sent one at a time, suspects do not fail each other.
 type Suspects int
 
 const (
 	TakeSuspects  Suspects = iota // like all other rows
-	LeaveSuspects                 // only other rows
-	OnlySuspects                  // no other rows
+	LeaveSuspects                 // none
+	OneSuspect                    // one at most, beside other rows
 )
 
 // ClaimResult is what a claim did. What has Limit rows in all may have left more.
@@ -100,8 +106,8 @@ type Claimed struct {
 	// or was settled without its outcome being known. 0: nothing is unknown.
 	UnknownVersion int64
 
-	// Expired: past NotAfter, and claimed on account of Reconcile only.
-	Expired bool
+	Expired bool // past NotAfter, and claimed on account of Reconcile only
+	Suspect bool // see [Suspects]
 }
 
 // claimSQL leases due rows, oldest first.
@@ -109,7 +115,7 @@ type Claimed struct {
 // $1 limit, $2 token, $3 token of rows on which another lease ran out, $4 lease in
 // microseconds, $5 types or NULL, $6 max attempts or 0, $7 at most once, $8 reconcile,
 // $9 ids not to claim or NULL; looked through only for rows that bear a token. $10
-// suspects.
+// suspects, $11 token of suspects.
 //
 // SKIP LOCKED passes over rows that a caller holds in an open add, and rows that
 // another relay is claiming: nobody waits here. now() is this statement's start, as
@@ -123,6 +129,19 @@ type Claimed struct {
 // been sent. attempts rises here and not when the row is settled, so that a message that kills its process
 // is counted.
 const claimSQL = `
+WITH due AS MATERIALIZED (
+	SELECT ctid AS tid, ` + suspectSQL + ` AS suspect
+	FROM {table}
+	WHERE status = 'pending'
+		AND ` + dueSQL + ` <= pg_catalog.now()
+		AND (lease_token IS NULL OR lease_until IS NULL OR lease_until <= pg_catalog.now() OR ` + oursSQL + `)
+		AND ($5::text[] IS NULL OR type = ANY ($5::text[]))
+		AND (lease_token IS NULL OR $9::bigint[] IS NULL OR id <> ALL ($9::bigint[]))
+		AND ($10::int <> 1 OR NOT ` + suspectSQL + `)
+	ORDER BY ` + dueSQL + `, id
+	LIMIT $1::bigint
+	FOR UPDATE SKIP LOCKED
+)
 UPDATE {table} SET
 	status        = CASE WHEN ` + givenUpSQL + ` IS NULL THEN status ELSE 'failed' END,
 	last_error    = coalesce(` + givenUpSQL + `, last_error),
@@ -130,31 +149,29 @@ UPDATE {table} SET
 	locked_at     = CASE WHEN ` + givenUpSQL + ` IS NULL THEN pg_catalog.now() END,
 	lease_until   = CASE WHEN ` + givenUpSQL + ` IS NULL THEN pg_catalog.now() + $4::bigint * interval '1 microsecond' END,
 	lease_token   = CASE WHEN ` + givenUpSQL + ` IS NOT NULL THEN NULL
-		WHEN lease_token <> $2::uuid AND ($8::bool OR coalesce(lease_version, version) = version) THEN $3::uuid
+		WHEN lease_token = $11::uuid OR ` + suspectSQL + ` THEN $11::uuid
+		WHEN ` + resumedSQL + ` AND ($8::bool OR coalesce(lease_version, version) = version) THEN $3::uuid
 		ELSE $2::uuid END,
 	lease_version = CASE WHEN ` + givenUpSQL + ` IS NOT NULL THEN NULL
-		WHEN lease_token <> $2::uuid AND $8::bool THEN coalesce(lease_version, version)
+		WHEN ` + resumedSQL + ` AND $8::bool THEN coalesce(lease_version, version)
 		ELSE version END
-WHERE ctid = ANY (ARRAY(
-	SELECT ctid FROM {table}
-	WHERE status = 'pending'
-		AND ` + dueSQL + ` <= pg_catalog.now()
-		AND (lease_token IS NULL OR lease_until IS NULL OR lease_until <= pg_catalog.now() OR ` + oursSQL + `)
-		AND ($5::text[] IS NULL OR type = ANY ($5::text[]))
-		AND (lease_token IS NULL OR $9::bigint[] IS NULL OR id <> ALL ($9::bigint[]))
-		AND ($10::int = 0 OR ` + oursSQL + ` OR ($10::int = 2) = ` + suspectSQL + `)
-	ORDER BY ` + dueSQL + `, id
-	LIMIT $1::bigint
-	FOR UPDATE SKIP LOCKED))
+WHERE ctid = ANY (
+	ARRAY(SELECT tid FROM due WHERE NOT suspect) || ARRAY(SELECT tid FROM due WHERE suspect LIMIT CASE WHEN $10::int = 2 THEN 1 END))
 RETURNING lease_token, coalesce(lease_version, 0), coalesce(not_after <= pg_catalog.now(), false), ` + rowColumns
 
 const (
 	// dueSQL is the expression of the index outbox_notifications_due.
 	dueSQL = `coalesce(next_retry_at, created_at, '-infinity'::timestamptz)`
 
-	suspectSQL = `(lease_token IS NOT NULL AND lease_until IS NOT NULL AND coalesce(attempts, 0) = $6::int - 1)`
+	// oursSQL: claimed by an earlier run of this claim, and not settled since.
+	oursSQL = `(lease_token IN ($2::uuid, $3::uuid, $11::uuid) AND lease_until IS NOT NULL)`
 
-	oursSQL = `lease_token IN ($2::uuid, $3::uuid)`
+	// resumedSQL: another lease on the row left no result.
+	resumedSQL = `(lease_token IN ($3::uuid, $11::uuid) OR lease_token IS NOT NULL AND NOT ` + oursSQL + `)`
+
+	// suspectSQL: see Suspects. What would be failed is none.
+	suspectSQL = `coalesce(lease_token NOT IN ($2::uuid, $3::uuid, $11::uuid) AND lease_until IS NOT NULL
+		AND coalesce(attempts, 0) = $6::int - 1 AND ` + givenUpSQL + ` IS NULL, false)`
 
 	// givenUpSQL says why a row is failed and not claimed; NULL if it is claimed.
 	givenUpSQL = `CASE
@@ -185,7 +202,7 @@ func (s *PGStore) Claim(ctx context.Context, opts ClaimOptions) (ClaimResult, er
 	case opts.MaxAttempts < 0 || opts.MaxAttempts > math.MaxInt32:
 		return ClaimResult{}, invalid("MaxAttempts", "%d is not between 0 and %d", opts.MaxAttempts, math.MaxInt32)
 	}
-	if opts.Suspects < TakeSuspects || opts.Suspects > OnlySuspects {
+	if opts.Suspects < TakeSuspects || opts.Suspects > OneSuspect {
 		return ClaimResult{}, invalid("Suspects", "%d is none", opts.Suspects)
 	}
 	if opts.Types != nil && len(opts.Types) == 0 {
@@ -204,8 +221,8 @@ func (s *PGStore) Claim(ctx context.Context, opts ClaimOptions) (ClaimResult, er
 	// default may be stricter.
 	err := retry(ctx, func() error {
 		res = ClaimResult{}
-		rows, err := s.pool.Query(ctx, s.sql.claim, opts.Limit, uuid(opts.Token), uuid(opts.Token.resumed()),
-			opts.Lease.Microseconds(), opts.Types, opts.MaxAttempts, opts.AtMostOnce, opts.Reconcile, opts.Except, int(opts.Suspects))
+		rows, err := s.pool.Query(ctx, s.sql.claim, opts.Limit, uuid(opts.Token), uuid(opts.Token.with(resumedBit)),
+			opts.Lease.Microseconds(), opts.Types, opts.MaxAttempts, opts.AtMostOnce, opts.Reconcile, opts.Except, int(opts.Suspects), uuid(opts.Token.with(resumedBit|suspectBit)))
 		if err != nil {
 			return err
 		}
@@ -222,7 +239,8 @@ func (s *PGStore) Claim(ctx context.Context, opts ClaimOptions) (ClaimResult, er
 				continue
 			}
 			c.Lease = Lease{c.Notification.ID, Token(token.Bytes)}
-			if c.Token != c.Token.resumed() {
+			c.Suspect = c.Token.has(suspectBit)
+			if !c.Token.has(resumedBit) {
 				c.UnknownVersion = 0 // lease_version is that of this lease
 			}
 			if res.Claimed == nil {

@@ -288,13 +288,31 @@ func TestClaim(t *testing.T) {
 		} {
 			db.MustExec(t, "UPDATE outbox_notifications SET "+set+" WHERE booking_id = $1", id)
 		}
-		opts := outbox.ClaimOptions{MaxAttempts: 3, Suspects: outbox.OnlySuspects, Limit: 1, Token: outbox.NewToken()}
-		require.Equal(t, []int64{5}, bookings(claim(t, db, opts)))
-		require.Equal(t, []int64{5}, bookings(claim(t, db, opts)), "repeated")
-		res := claim(t, db, outbox.ClaimOptions{MaxAttempts: 3, Suspects: outbox.LeaveSuspects})
-		require.Equal(t, []int64{1, 3, 4}, bookings(res))
-		require.Len(t, res.Failed, 1)
+		opts := outbox.ClaimOptions{MaxAttempts: 3, Suspects: outbox.OneSuspect, Token: outbox.NewToken()}
+		for range 2 { // the second repeats the first
+			res := claim(t, db, opts)
+			require.Equal(t, []int64{1, 3, 4, 5}, bookings(res))
+			for _, c := range res.Claimed {
+				require.Equal(t, c.Notification.BookingID == 5, c.Suspect)
+				require.EqualValues(t, map[int64]int64{1: 1, 3: 1, 4: 0, 5: 1}[c.Notification.BookingID], c.UnknownVersion)
+			}
+			opts.Suspects = outbox.LeaveSuspects
+		}
+		require.Equal(t, outbox.StatusFailed, db.Get(t, booking(2)).Status)
+		require.Empty(t, claim(t, db, outbox.ClaimOptions{MaxAttempts: 3, Suspects: outbox.LeaveSuspects}).Claimed)
 		require.Equal(t, []int64{6}, bookings(claim(t, db, outbox.ClaimOptions{MaxAttempts: 3})))
+	})
+
+	t.Run("repeated_does_not_take_what_has_been_settled_meanwhile_for_its_own", func(t *testing.T) {
+		t.Parallel()
+		db := pgtest.NewDB(t)
+		addRows(t, db, 1)
+		opts := outbox.ClaimOptions{Token: outbox.NewToken()}
+		c := claim(t, db, opts).Claimed[0]
+		settle(t, db, outbox.Settlement{Lease: c.Lease, Verdict: outbox.Retry, Error: "timeout", Unknown: true})
+		again := claim(t, db, opts).Claimed[0]
+		require.Equal(t, 2, again.Notification.Attempts)
+		require.EqualValues(t, 1, again.UnknownVersion)
 	})
 
 	t.Run("gives_a_row_to_one_of_many", func(t *testing.T) {
@@ -866,7 +884,7 @@ func TestClaimPlan(t *testing.T) {
 					require.NoError(t, err)
 				}
 				const token = "'00000000-0000-0000-0000-000000000002', '00000000-0000-0000-0000-000000000003'"
-				plan := explain(t, tx, "EXECUTE claim (100, "+token+", 1000000000, "+types+", 10, false, false, NULL, 1)")
+				plan := explain(t, tx, "EXECUTE claim (100, "+token+", 1000000000, "+types+", 10, false, false, NULL, 2, '00000000-0000-0000-0000-000000000005')")
 				scans := plan.scans()
 				require.Len(t, scans, 2, "%+v", scans)
 				for _, s := range scans {

@@ -109,12 +109,14 @@ func (s *PGStore) listen(ctx context.Context, wake func()) error {
 // probe sends a NOTIFY through the pool and waits for it on conn. Sent on conn it
 // would arrive behind a pooler too, which is likely to use the same server connection for both.
 func (s *PGStore) probe(ctx context.Context, conn *pgx.Conn) error {
-	bounded, cancel := context.WithTimeout(ctx, probeTime)
-	defer cancel()
 	mark := NewToken().String()
-	if err := s.pool.QueryRow(bounded, notifySQL, tableName, mark).Scan(nil); err != nil {
+	sending, cancel := context.WithTimeout(ctx, listenCheck)
+	defer cancel()
+	if err := s.pool.QueryRow(sending, notifySQL, tableName, mark).Scan(nil); err != nil {
 		return err
 	}
+	bounded, cancel := context.WithTimeout(ctx, probeTime)
+	defer cancel()
 	for {
 		n, err := conn.WaitForNotification(bounded)
 		switch {

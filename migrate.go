@@ -56,7 +56,7 @@ func (s *PGStore) Migrate(ctx context.Context) error {
 	for {
 		version, err := s.schemaVersion(ctx, s.pool)
 		if err != nil {
-			return fmt.Errorf("outbox: migrate: %w", err)
+			return explainMigration(err)
 		}
 		if version >= files[len(files)-1].version {
 			return nil
@@ -195,10 +195,13 @@ func (s *PGStore) applyFile(ctx context.Context, tx pgx.Tx, f migrationFile) err
 }
 
 // explainMigration adds the detail of PostgreSQL's error, where a refused takeover
-// lists its reasons.
+// lists its reasons, and says where a right is missing.
 func explainMigration(err error) error {
 	var pg *pgconn.PgError
 	errors.As(err, &pg)
+	if sqlState(err) == codeNoPrivilege {
+		err = setupError{err}
+	}
 	err = fmt.Errorf("outbox: migrate: %w", err)
 	if pg != nil {
 		for _, more := range []string{pg.Detail, pg.Hint} {

@@ -81,7 +81,7 @@ func NewPGStore(pool *pgxpool.Pool, cfg Config) (*PGStore, error) {
 	if reason := badText(schema); reason != "" {
 		return nil, invalid("Schema", "%s", reason)
 	}
-	if schema == "$user" || strings.HasPrefix(schema, "pg_") {
+	if schema == "$user" || schema == "information_schema" || strings.HasPrefix(schema, "pg_") {
 		return nil, invalid("Schema", "%q means something else to PostgreSQL", schema)
 	}
 	if len(schema) > maxIdentifierBytes {

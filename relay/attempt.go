@@ -170,6 +170,9 @@ func (r *run) logSettled(it *item, res outbox.LeaseResult) {
 		r.log.LogAttrs(ctx, slog.LevelInfo, "outbox: settled before the connection broke, or stale", attrs(n)...)
 	case res == outbox.LeaseStale:
 		r.log.LogAttrs(ctx, slog.LevelWarn, "outbox: stale settle, another has the row", append(attrs(n), slog.String("verdict", string(st.Verdict)))...)
+	case res == outbox.LeaseSuperseded && st.Verdict != outbox.Delivered && st.Verdict != outbox.HandedBack:
+		r.log.LogAttrs(ctx, slog.LevelWarn, "outbox: delivery failed, newer content is to be delivered",
+			append(attrs(n), slog.String("error", st.Error))...)
 	case st.Verdict == outbox.Failed:
 		r.logFailed(n, st.Error)
 	case st.Verdict == outbox.Retry:

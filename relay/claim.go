@@ -5,6 +5,7 @@ import (
 	"errors"
 	"log/slog"
 	"math/rand/v2"
+	"slices"
 	"time"
 
 	"github.com/seed3357934d/outbox"
@@ -13,34 +14,30 @@ import (
 // claimOn claims until ctx ends.
 func (r *run) claimOn(ctx context.Context) error {
 	var (
-		trouble  = outage{log: r.log, doing: "claim"}
-		normal   = newRequest(r.othersThanSuspects())
-		suspects = newRequest(outbox.OnlySuspects)
-		pause    = firstPause
-		ever     bool
+		trouble   = outage{log: r.log, doing: "claim"}
+		token     = outbox.NewToken()
+		repeating bool // a claim with this token had no answer
+		pause     = firstPause
+		ever      bool
 	)
 	for ctx.Err() == nil {
-		req := normal
-		if r.suspectDue() {
-			req = suspects
-			req.limit = 1
-		} else if req.limit == 0 {
-			if req.limit = r.capacity(); req.limit == 0 {
-				select {
-				case <-r.room:
-				case <-ctx.Done():
-				}
-				continue
+		limit := r.capacity()
+		if limit == 0 {
+			select {
+			case <-r.room:
+			case <-ctx.Done():
 			}
+			continue
 		}
-		found, err := r.claim(ctx, req)
+		found, suspect, err := r.claim(ctx, token, limit)
 		switch {
 		case err != nil && ctx.Err() != nil:
 			continue // which ends the loop
 		case errors.Is(err, outbox.ErrInvalid), errors.Is(err, outbox.ErrSetup) && !ever:
 			return err
 		case err != nil:
-			// Its rows may have been claimed all the same: the request is repeated as it was.
+			// Its rows may have been claimed all the same: the next claim has the same token.
+			repeating = true
 			trouble.began(err)
 			_ = sleep(ctx, trouble.pause())
 			if errors.Is(err, context.DeadlineExceeded) {
@@ -50,13 +47,11 @@ func (r *run) claimOn(ctx context.Context) error {
 		}
 		trouble.ended()
 		ever = true
-		limit := req.limit
-		req.renew()
-		if req == suspects {
-			continue
+		if !repeating || found < limit { // else more of its rows may be left
+			token, repeating = outbox.NewToken(), false
 		}
 		switch {
-		case found >= limit:
+		case found >= limit || suspect: // others may have stood behind more suspects
 			pause = 0
 			continue
 		case found > 0:
@@ -76,41 +71,18 @@ func (r *run) claimOn(ctx context.Context) error {
 	return nil
 }
 
-// request is a claim, to be repeated with the same token and limit until it is
-// answered.
-type request struct {
-	token    outbox.Token
-	limit    int // 0: to be decided
-	suspects outbox.Suspects
-}
-
-func newRequest(suspects outbox.Suspects) *request {
-	return &request{token: outbox.NewToken(), suspects: suspects}
-}
-
-// renew makes it another request.
-func (q *request) renew() { q.token, q.limit = outbox.NewToken(), 0 }
-
-// othersThanSuspects is what the claims of whole batches are for. With one attempt
-// there is none left for a suspect, and where they are unlimited none is the last.
-func (r *run) othersThanSuspects() outbox.Suspects {
-	if r.cfg.MaxAttempts > 1 {
-		return outbox.LeaveSuspects
-	}
-	return outbox.TakeSuspects
-}
-
-// suspectDue reports whether it is time to look for a suspect: one is sent at a time,
-// the next as soon as it has been settled.
-func (r *run) suspectDue() bool {
+// suspects is what a claim takes of them: one is sent at a time.
+func (r *run) suspects() outbox.Suspects {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	now := time.Now()
-	if r.cfg.MaxAttempts <= 1 || r.suspect != nil || now.Before(r.nextSuspect) {
-		return false
+	switch {
+	case r.cfg.MaxAttempts <= 1: // none is the last, or none is left
+		return outbox.TakeSuspects
+	case r.suspect != nil:
+		return outbox.LeaveSuspects
+	default:
+		return outbox.OneSuspect
 	}
-	r.nextSuspect = now.Add(r.cfg.PollInterval)
-	return true
 }
 
 // awaitAnswer asks the database until it answers. A claim that had no answer in time may
@@ -138,16 +110,17 @@ func (r *run) capacity() int {
 	defer r.mu.Unlock()
 	batch := r.cfg.BatchSize
 	free := batch - len(r.waiting)
-	// Results are not to pile up in an outage, nor behind callers that hold their rows.
-	if free < (batch+1)/2 || r.unsettled >= 2*batch {
+	// Results are not to pile up in an outage; more of those may that wait for callers.
+	bound := 2*batch + r.cfg.Concurrency
+	if free < (batch+1)/2 || r.unsettled-r.held >= bound || r.held >= 10*bound {
 		return 0
 	}
 	return free
 }
 
-// claim claims what req says and returns how many rows it found, those that it failed
-// included.
-func (r *run) claim(ctx context.Context, req *request) (int, error) {
+// claim claims up to limit rows and returns how many it found, those that it failed
+// included, and whether one is a suspect.
+func (r *run) claim(ctx context.Context, token outbox.Token, limit int) (found int, suspect bool, err error) {
 	// When ctx ends, the answer should still be heard: nobody else knows these rows are free.
 	grace, cancel := afterwards(ctx, claimGrace)
 	defer cancel()
@@ -155,11 +128,11 @@ func (r *run) claim(ctx context.Context, req *request) (int, error) {
 	defer cancel()
 	began := time.Now()
 	res, err := r.queue.Claim(grace, outbox.ClaimOptions{
-		Limit: req.limit, Lease: r.cfg.Lease, Token: req.token, Types: r.cfg.Types, MaxAttempts: max(r.cfg.MaxAttempts, 0),
-		AtMostOnce: r.cfg.Delivery == AtMostOnce, Reconcile: r.reconcile != nil, Except: r.ids(), Suspects: req.suspects,
+		Limit: limit, Lease: r.cfg.Lease, Token: token, Types: r.cfg.Types, MaxAttempts: max(r.cfg.MaxAttempts, 0),
+		AtMostOnce: r.cfg.Delivery == AtMostOnce, Reconcile: r.reconcile != nil, Except: r.ids(), Suspects: r.suspects(),
 	})
 	if err != nil {
-		return 0, err
+		return 0, false, err
 	}
 	for _, n := range res.Failed {
 		r.logFailed(n, n.LastError)
@@ -170,24 +143,35 @@ func (r *run) claim(ctx context.Context, req *request) (int, error) {
 		it := &items[i]
 		*it = item{Claimed: &res.Claimed[i], claimed: began, until: began.Add(r.cfg.Lease)}
 		r.live[it] = struct{}{}
-		r.waiting = append(r.waiting, it)
-		if req.suspects == outbox.OnlySuspects {
-			r.suspect = it
+		if it.Suspect && r.cfg.MaxAttempts > 1 {
+			r.suspect, suspect = it, true
+			r.waiting = slices.Insert(r.waiting, 0, it) // nobody's death but its own is to fail it
+			continue
 		}
+		r.waiting = append(r.waiting, it)
 	}
 	r.settled += len(res.Failed)
 	r.mu.Unlock()
 	signal(r.toSend)
-	return len(res.Claimed) + len(res.Failed), nil
+	return len(res.Claimed) + len(res.Failed), suspect, nil
+}
+
+// acquitted is called under the lock when the Send of it is over, or it will not be
+// sent: the next suspect may be.
+func (r *run) acquitted(it *item) {
+	if it == r.suspect {
+		r.suspect = nil
+		r.Wake()
+	}
 }
 
 // forget is called under the lock when it is no longer this relay's. Its callers say
 // so by fewer.
 func (r *run) forget(it *item) {
 	delete(r.live, it)
-	if it == r.suspect {
-		r.suspect, r.nextSuspect = nil, time.Time{}
-		r.Wake()
+	r.acquitted(it)
+	if it.held {
+		r.held--
 	}
 }
 

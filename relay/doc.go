@@ -18,7 +18,8 @@
 //   - A message carries the newest content as of its claim. Content that is newer
 //     still goes out after it, and the sender is told what has been delivered.
 //   - An attempt is counted when a row is claimed, so that a message that kills its
-//     process is failed in the end. An outage of the database costs none.
+//     process is failed in the end. An outage of the database costs none unless it is
+//     longer than the lease.
 //
 // # What is not
 //

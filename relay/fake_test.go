@@ -20,7 +20,7 @@ type fakeQueue struct {
 
 	mu      sync.Mutex
 	rows    map[int64]*fakeRow
-	claims  []outbox.ClaimOptions // those that were answered, but for suspects
+	claims  []outbox.ClaimOptions // those that were answered
 	claimed []time.Time
 	settles [][]outbox.Settlement
 	extends int
@@ -36,6 +36,7 @@ type fakeRow struct {
 	until     time.Time
 	leased    int64
 	held      bool // by a caller's transaction
+	suspect   bool
 	handbacks int
 }
 
@@ -109,16 +110,14 @@ func (q *fakeQueue) Claim(ctx context.Context, opts outbox.ClaimOptions) (res ou
 			return res, err
 		}
 	}
-	if opts.Suspects != outbox.OnlySuspects {
-		q.claims = append(q.claims, opts)
-		q.claimed = append(q.claimed, time.Now())
-	}
+	q.claims = append(q.claims, opts)
+	q.claimed = append(q.claimed, time.Now())
 	now := q.now()
 	var due []*fakeRow
 	for _, row := range q.rows {
 		mine := row.token == opts.Token && opts.Token != outbox.Token{}
-		suspect := row.token != outbox.Token{} && !row.until.IsZero() && row.Attempts == opts.MaxAttempts-1
-		if !mine && opts.Suspects != outbox.TakeSuspects && suspect != (opts.Suspects == outbox.OnlySuspects) {
+		row.suspect = !mine && row.token != outbox.Token{} && !row.until.IsZero() && row.Attempts == opts.MaxAttempts-1
+		if row.suspect && opts.Suspects == outbox.LeaveSuspects {
 			continue
 		}
 		if row.Status == outbox.StatusPending && !row.held && !slices.Contains(opts.Except, row.ID) && !row.NextRetryAt.After(now) &&
@@ -129,7 +128,13 @@ func (q *fakeQueue) Claim(ctx context.Context, opts outbox.ClaimOptions) (res ou
 	slices.SortFunc(due, func(a, b *fakeRow) int {
 		return cmp.Or(a.NextRetryAt.Compare(b.NextRetryAt), cmp.Compare(a.ID, b.ID))
 	})
+	suspects := 0
 	for _, row := range due[:min(len(due), opts.Limit)] {
+		if row.suspect {
+			if suspects++; suspects > 1 && opts.Suspects == outbox.OneSuspect {
+				continue
+			}
+		}
 		unknown := row.token != outbox.Token{} && row.token != opts.Token
 		ask := opts.Reconcile && unknown
 		if !ask && !row.NotAfter.IsZero() && !row.NotAfter.After(now) {
@@ -142,7 +147,7 @@ func (q *fakeQueue) Claim(ctx context.Context, opts outbox.ClaimOptions) (res ou
 			res.Failed = append(res.Failed, row.Notification)
 			continue
 		}
-		c := outbox.Claimed{}
+		c := outbox.Claimed{Suspect: row.suspect}
 		if row.token != (outbox.Token{}) && (opts.Reconcile || row.leased == row.Version) {
 			c.UnknownVersion = row.leased
 			c.Expired = !row.NotAfter.IsZero() && !row.NotAfter.After(now)

@@ -48,11 +48,11 @@ const (
 // Config configures a [Relay]. The zero value is ready for use. A value out of
 // range is an error of [New] and never changed silently.
 type Config struct {
-	// Concurrency is how many messages are being sent at once. 0 is 10.
+	// Concurrency is how many messages are being sent at once. 0 is 10; at most 10,000.
 	Concurrency int
 
-	// BatchSize is how many rows one claim takes at most, and how many wait in the relay, leased, to be
-	// sent. 0 is 100.
+	// BatchSize is how many rows one claim takes at most, and how many wait in the relay,
+	// leased, to be sent. 0 is 100; at most 10,000.
 	BatchSize int
 
 	// PollInterval is the longest pause between two claims when nothing is found.
@@ -74,9 +74,10 @@ type Config struct {
 	ShutdownTimeout time.Duration
 
 	// MaxAttempts is after how many attempts a row is failed. 0 is 10; negative: never. A
-	// crash costs an attempt of every row that the process had claimed, so rows whose
-	// lease ran out are sent one at a time on their last attempt, which needs at least
-	// 2: one that kills its process then takes no others with it.
+	// crash costs an attempt of every row that the process had claimed. So that a message
+	// that kills its process does not fail those that are claimed with it each time, rows
+	// whose lease ran out are sent one at a time, and first, on their last attempt, if
+	// there are at least 2.
 	MaxAttempts int
 
 	// Backoff is how long a row waits after its attempt-th failed attempt,
@@ -138,10 +139,10 @@ func New(store Queue, sender Sender, cfg Config) (*Relay, error) {
 	setDefault(&c.ShutdownTimeout, c.SendTimeout+5*time.Second)
 	setDefault(&c.MaxAttempts, 10)
 	switch {
-	case c.Concurrency < 0:
-		return nil, invalid("Concurrency", "%d is negative", c.Concurrency)
-	case c.BatchSize < 0:
-		return nil, invalid("BatchSize", "%d is negative", c.BatchSize)
+	case c.Concurrency < 0 || c.Concurrency > maxRows:
+		return nil, invalid("Concurrency", "%d is not between 1 and %d", c.Concurrency, maxRows)
+	case c.BatchSize < 0 || c.BatchSize > maxRows:
+		return nil, invalid("BatchSize", "%d is not between 1 and %d", c.BatchSize, maxRows)
 	case c.PollInterval < 0:
 		return nil, invalid("PollInterval", "%v is negative", c.PollInterval)
 	case c.Lease < minLease || c.Lease > maxLease:
@@ -162,7 +163,7 @@ func New(store Queue, sender Sender, cfg Config) (*Relay, error) {
 		return nil, invalid("Delivery", "%d is neither AtLeastOnce nor AtMostOnce", c.Delivery)
 	}
 	for _, typ := range c.Types {
-		if typ == "" || !utf8.ValidString(typ) || strings.ContainsRune(typ, 0) {
+		if typ == "" || utf8.RuneCountInString(typ) > 50 || !utf8.ValidString(typ) || strings.ContainsRune(typ, 0) {
 			return nil, invalid("Types", "no type can be %q", typ)
 		}
 	}
@@ -182,6 +183,7 @@ func New(store Queue, sender Sender, cfg Config) (*Relay, error) {
 const (
 	minLease = 100 * time.Millisecond // leaves room for renewing: a third of it is what a database call may take
 	maxLease = 365 * 24 * time.Hour
+	maxRows  = 10_000
 )
 
 func setDefault[T comparable](v *T, def T) {
@@ -214,7 +216,8 @@ func (r *Relay) Wake() {
 // for ShutdownTimeout at most, notes the results, and hands back the rest of what it
 // had claimed, so that others deliver it at once.
 //
-// It goes on through outages of the database, which cost no attempts. Before ctx has
+// It goes on through outages of the database, which cost no attempts unless they are
+// longer than the lease. Before ctx has
 // ended it returns only if the outbox cannot be used from the start: an error with
 // [outbox.ErrSetup], as there is no table, it is not migrated, or the role may not
 // use it. After ctx has ended it returns nil, or an error that says what it had to
@@ -237,21 +240,15 @@ func (r *Relay) Run(ctx context.Context) error {
 // RunOnce claims one batch, delivers it, and returns how many rows it settled: sent,
 // failed, or to be tried again. It is for cron jobs, tests and serverless functions;
 // repeat it until it returns 0 to deliver all that is due. When ctx ends early it
-// does what Run does then, and returns ctx's error.
+// does what Run does then, and returns ctx's error. It returns the error of a claim at
+// once; results that cannot be noted it tries to note until their leases have ended.
 func (r *Relay) RunOnce(ctx context.Context) (int, error) {
 	s := newRun(r)
 	err := s.do(ctx, func(ctx context.Context) error {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		all := newRequest(s.othersThanSuspects())
-		all.limit = r.cfg.BatchSize
-		if _, err := s.claim(ctx, all); err != nil || !s.suspectDue() {
-			return err
-		}
-		suspect := newRequest(outbox.OnlySuspects)
-		suspect.limit = 1
-		_, err := s.claim(ctx, suspect)
+		_, _, err := s.claim(ctx, outbox.NewToken(), r.cfg.BatchSize)
 		return err
 	})
 	if err == nil {
@@ -285,6 +282,9 @@ func (r *Relay) listen(ctx context.Context) {
 			}
 			_ = sleep(ctx, listenAgain) // it may have been a database that was slow to answer
 			continue
+		}
+		if err == nil {
+			err = errors.New("it has ended")
 		}
 		mu.Lock()
 		trouble.began(err)

@@ -124,6 +124,10 @@ func TestNew(t *testing.T) {
 		"no_sender":                          {store: newFakeQueue(0), field: "sender"},
 		"a_nil_sender_func":                  {store: newFakeQueue(0), send: noFunc, field: "sender"},
 		"negative_concurrency":               {cfg: relay.Config{Concurrency: -1}, field: "Concurrency"},
+		"concurrency_beyond_reason":          {cfg: relay.Config{Concurrency: 1 << 40}, field: "Concurrency"},
+		"a_batch_beyond_reason":              {cfg: relay.Config{BatchSize: 1<<63 - 1}, field: "BatchSize"},
+		"a_type_too_long":                    {cfg: relay.Config{Types: []string{strings.Repeat("a", 51)}}, field: "Types"},
+		"a_lease_for_ever":                   {cfg: relay.Config{Lease: 1<<63 - 1}, field: "Lease"},
 		"negative_batch":                     {cfg: relay.Config{BatchSize: -1}, field: "BatchSize"},
 		"negative_poll_interval":             {cfg: relay.Config{PollInterval: -1}, field: "PollInterval"},
 		"negative_lease":                     {cfg: relay.Config{Lease: -time.Second}, field: "Lease"},
@@ -389,6 +393,18 @@ func TestRun(t *testing.T) {
 		require.Equal(t, 1, log.count("can claim again"))
 	})
 
+	bubble("repeats_a_claim_until_nothing_of_it_can_be_left", func(t *testing.T) {
+		q := newFakeQueue(25)
+		var tokens []outbox.Token
+		stop := start(t, newRelay(t, &losingQueue{fakeQueue: q, tokens: &tokens, lose: 1}, accept, relay.Config{BatchSize: 10}))
+		advance(time.Minute)
+		require.NoError(t, stop())
+		require.Equal(t, 25, q.count(outbox.StatusSent))
+		require.Equal(t, tokens[0], tokens[1], "repeated, and full")
+		require.Equal(t, tokens[0], tokens[2])
+		require.NotEqual(t, tokens[0], tokens[len(tokens)-1])
+	})
+
 	bubble("keeps_results_through_an_outage_and_claims_no_more_until_they_are_settled", func(t *testing.T) {
 		q := newFakeQueue(500)
 		sent := 0
@@ -440,6 +456,41 @@ func TestRun(t *testing.T) {
 		require.Equal(t, 1000, q.count(outbox.StatusSent))
 		require.Equal(t, 1, log.count("the result of a delivery cannot be noted"))
 		require.ErrorContains(t, stop(), "the results of 1 deliveries could not be noted")
+	})
+
+	bubble("goes_on_in_small_batches_beside_rows_that_callers_hold", func(t *testing.T) {
+		q := newFakeQueue(10)
+		stop := start(t, newRelay(t, q, relay.SenderFunc(func(_ context.Context, n outbox.Notification) (string, error) {
+			q.change(n.ID, func(row *fakeRow) { row.held = n.ID <= 5 })
+			return "", nil
+		}), relay.Config{BatchSize: 1, Concurrency: 1}))
+		advance(10 * time.Minute)
+		require.Equal(t, 5, q.count(outbox.StatusSent))
+		for id := range int64(5) {
+			q.change(id+1, func(row *fakeRow) { row.held = false })
+		}
+		advance(time.Second)
+		require.Equal(t, 10, q.count(outbox.StatusSent))
+		require.NoError(t, stop())
+	})
+
+	bubble("sends_the_next_suspect_while_a_caller_holds_the_last", func(t *testing.T) {
+		q := newFakeQueue(5)
+		for id := range int64(5) {
+			q.change(id+1, func(row *fakeRow) {
+				row.token, row.leased, row.Attempts, row.until = outbox.NewToken(), 1, 2, q.now()
+			})
+		}
+		stop := start(t, newRelay(t, q, relay.SenderFunc(func(_ context.Context, n outbox.Notification) (string, error) {
+			q.change(n.ID, func(row *fakeRow) { row.held = n.ID == 1 })
+			return "", nil
+		}), relay.Config{MaxAttempts: 3}))
+		advance(time.Minute)
+		require.Equal(t, 4, q.count(outbox.StatusSent))
+		q.change(1, func(row *fakeRow) { row.held = false })
+		advance(time.Second)
+		require.NoError(t, stop())
+		require.Equal(t, 5, q.count(outbox.StatusSent))
 	})
 
 	bubble("claims_again_after_it_has_lost_all_it_had", func(t *testing.T) {
@@ -639,7 +690,7 @@ func TestRun(t *testing.T) {
 		require.Empty(t, opts.Except)
 		opts.Except = nil
 		require.Equal(t, outbox.ClaimOptions{Limit: 7, Lease: time.Minute, Types: []string{"a"}, MaxAttempts: 3, AtMostOnce: true,
-			Suspects: outbox.LeaveSuspects}, opts)
+			Suspects: outbox.OneSuspect}, opts)
 
 		_, err = newRelay(t, q, &reconciler{}, relay.Config{MaxAttempts: -1}).RunOnce(t.Context())
 		require.NoError(t, err)
@@ -673,9 +724,6 @@ type losingQueue struct {
 }
 
 func (q *losingQueue) Claim(ctx context.Context, opts outbox.ClaimOptions) (outbox.ClaimResult, error) {
-	if opts.Suspects == outbox.OnlySuspects {
-		return outbox.ClaimResult{}, nil
-	}
 	*q.tokens = append(*q.tokens, opts.Token)
 	res, err := q.fakeQueue.Claim(ctx, opts)
 	if len(*q.tokens) <= q.lose {
@@ -822,9 +870,6 @@ type slowQueue struct {
 }
 
 func (q *slowQueue) Claim(ctx context.Context, opts outbox.ClaimOptions) (outbox.ClaimResult, error) {
-	if opts.Suspects == outbox.OnlySuspects {
-		return outbox.ClaimResult{}, nil
-	}
 	select {
 	case <-ctx.Done():
 		return outbox.ClaimResult{}, ctx.Err()

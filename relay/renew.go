@@ -13,23 +13,25 @@ import (
 func (r *run) renew(ctx context.Context) {
 	trouble := outage{log: r.log, doing: "renew leases"}
 	for sleep(ctx, r.cfg.Lease/6) == nil {
+		tried := make(map[*item]bool) // what is held is not tried twice in a row
 		for {
 			var soon []*item
 			r.mu.Lock()
 			for it := range r.live {
-				if leaseLeft(it) < r.cfg.Lease*2/3 && len(soon) < maxSettle {
+				// What may have been settled is not to be leased again.
+				if leaseLeft(it) < r.cfg.Lease*2/3 && !tried[it] && !(it.maybeDone && it.settlement.Unknown) && len(soon) < maxSettle {
 					soon = append(soon, it)
+					tried[it] = true
 				}
 			}
 			r.mu.Unlock()
 			if len(soon) == 0 {
 				break
 			}
-			held, err := r.extend(ctx, soon)
-			if err != nil && ctx.Err() == nil {
-				trouble.began(err)
-			}
-			if err != nil || held {
+			if _, err := r.extend(ctx, soon); err != nil {
+				if ctx.Err() == nil {
+					trouble.began(err)
+				}
 				break // again after a pause
 			}
 			trouble.ended()

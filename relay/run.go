@@ -31,6 +31,7 @@ type item struct {
 	tries      int                // how often it was held, or failed to be settled
 	cancel     context.CancelFunc // of its Send, while there is one
 	settlement outbox.Settlement
+	held       bool // when it was last to be settled
 	maybeDone  bool // a settle failed that may have taken effect
 	unclaimed  bool // handed back as the relay ends, as if it had never been claimed
 }
@@ -46,18 +47,18 @@ type run struct {
 	// or less under way.
 	toSend, toSettle, room, progress chan struct{}
 
-	mu          sync.Mutex
-	live        map[*item]struct{} // all that is waiting, taken or finished
-	waiting     []*item            // to be sent, in this order
-	taken       int                // from waiting, and not yet finished or put back
-	finished    []*item            // to be settled, in this order
-	unsettled   int                // finished, and what is being settled just now
-	workers     int
-	suspect     *item     // the one being sent, see outbox.Suspects
-	nextSuspect time.Time // when to look for one
-	closed      bool      // nothing more will be claimed
-	ended       bool      // nothing more will be sent
-	settled     int       // rows, since the start
+	mu        sync.Mutex
+	live      map[*item]struct{} // all that is waiting, taken or finished
+	waiting   []*item            // to be sent, in this order
+	taken     int                // from waiting, and not yet finished or put back
+	finished  []*item            // to be settled, in this order
+	unsettled int                // finished, and what is being settled just now
+	workers   int
+	suspect   *item // the one waiting or being sent, see outbox.Suspects
+	held      int   // of unsettled: their rows are held by callers
+	closed    bool  // nothing more will be claimed
+	ended     bool  // nothing more will be sent
+	settled   int   // rows, since the start
 }
 
 func newRun(r *Relay) *run {

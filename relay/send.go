@@ -108,12 +108,10 @@ func (r *run) ready(ctx context.Context, it *item, trouble *outage) bool {
 	if r.cfg.Limiter != nil {
 		if err := r.cfg.Limiter.Wait(ctx); err != nil {
 			r.wait(it, r.cfg.PollInterval)
-			if _, ends := ctx.Deadline(); ends {
-				<-ctx.Done() // before its turn, as the limiter knows
-			} else if ctx.Err() == nil {
+			if _, ends := ctx.Deadline(); !ends && ctx.Err() == nil { // else it may end before the row's turn
 				r.log.LogAttrs(ctx, slog.LevelError, "outbox: the limiter lets nothing pass", slog.String("error", err.Error()))
-				_ = sleep(ctx, r.cfg.PollInterval)
 			}
+			_ = sleep(ctx, r.cfg.PollInterval)
 			return false
 		}
 	}
@@ -194,8 +192,14 @@ func growingPause(n int, most time.Duration) time.Duration {
 func (r *run) deliver(ctx context.Context, it *item) {
 	ctx, cancel := context.WithTimeout(ctx, r.cfg.SendTimeout)
 	r.mu.Lock()
+	_, mine := r.live[it]
 	it.cancel = cancel
 	r.mu.Unlock()
+	if !mine { // lost in this moment
+		cancel()
+		r.untake()
+		return
+	}
 	var st outbox.Settlement
 	returned := false
 	defer func() {
@@ -232,6 +236,7 @@ func (r *run) finish(it *item, st outbox.Settlement) {
 	st.Lease = it.Lease
 	r.mu.Lock()
 	it.settlement, it.tries, it.notBefore = st, 0, time.Time{}
+	r.acquitted(it)
 	r.finished = append(r.finished, it)
 	r.unsettled++
 	r.taken--

@@ -71,7 +71,8 @@ func (e *permanentError) Unwrap() error { return e.err }
 // RetryAfter says that the provider asked to wait at least d: the row is due
 // again after d, or after its backoff if that is longer. As the provider answered,
 // the message counts as not delivered. It does not slow the other rows, for which see
-// [Config].Limiter. RetryAfter(nil, d) is nil.
+// [Config].Limiter, nor does it put off newer content that the row was given meanwhile
+// or is given before d has passed. RetryAfter(nil, d) is nil.
 func RetryAfter(err error, d time.Duration) error {
 	if err == nil {
 		return nil

@@ -114,6 +114,10 @@ func (r *run) noteSettled(batch []*item, results []outbox.LeaseResult) {
 	r.mu.Lock()
 	for i, it := range batch {
 		if results[i] == outbox.LeaseHeld {
+			if !it.held {
+				it.held = true
+				r.held++
+			}
 			it.tries++
 			it.notBefore = time.Now().Add(growingPause(it.tries, longestHeld))
 			r.finished = append(r.finished, it)
