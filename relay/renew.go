@@ -19,7 +19,7 @@ func (r *run) renew(ctx context.Context) {
 			r.mu.Lock()
 			for it := range r.live {
 				// What may have been settled is not to be leased again.
-				if leaseLeft(it) < r.cfg.Lease*2/3 && !tried[it] && !(it.maybeDone && it.settlement.Unknown) && len(soon) < maxSettle {
+				if leaseLeft(it) < r.cfg.Lease*2/3 && !tried[it] && (!it.maybeDone || !it.settlement.Unknown) && len(soon) < maxSettle {
 					soon = append(soon, it)
 					tried[it] = true
 				}
