@@ -457,6 +457,7 @@ func TestSettle(t *testing.T) {
 	// What happened between the claim and the settle.
 	refresh := func(n outbox.NewNotification) func(*testing.T, *pgtest.DB) {
 		return func(t *testing.T, db *pgtest.DB) {
+			n := n // subtests share it
 			n.Type, n.BookingID = "reject", 1
 			res := db.Add(t, n)
 			require.True(t, res.InFlight)
