@@ -23,7 +23,7 @@ import (
 //	attempts + 1 left out, or counted again    TestClaim/leases_due_rows_and_counts_the_attempt,
 //	when a claim is repeated by its token      .../repeated_with_its_token_...
 //	the lease's end computed by the worker     TestClaim/leases_due_rows_..., TestDeliveryTakesNoTimes
-//	leases, due times, Types, Except or the    TestClaim/passes_over_..., /takes_only_..., /takes_the_oldest_...
+//	leases, due times, Types, Except or the    TestClaim/passes_over_..., /takes_only_..., /leaves_rows_..., /takes_the_oldest_...
 //	order left out of the claim
 //	expired, out of attempts, at most once or  TestClaim/decides_on/...
 //	reconcile left out of givenUpSQL
@@ -43,6 +43,9 @@ import (
 //	refreshSQL clears the lease                TestAddNotification/keeps_the_lease_...
 //	refreshSQL clears the token of a lease     TestUnknownOutcome, TestSettle/ok/ended_and_changed
 //	that has ended
+//	more than one suspect in a claim           TestClaim/tells_suspects_from_others
+//	a settled row with our token taken for     TestClaim/repeated_does_not_take_...
+//	claimed before
 //	no second run of a claim after 40001       TestClaim/gives_a_row_to_one_of_many
 
 // addRows adds n due notifications with the bookings 1 to n.
@@ -528,8 +531,8 @@ func TestSettle(t *testing.T) {
 		"error/put_off":          {done, pending, 1, "tomorrow", 0, "", "busy"},
 		"error/changed":          {superseded, pending, 0, "now", 0, "", "busy"},
 		"error/changed_for_then": {superseded, pending, 0, "tomorrow", 0, "", "busy"},
+		"error/lease_ended":      {done, pending, 1, "hour", 0, "", "busy"},
 		// the refresh after the end of the lease began to count anew
-		"error/lease_ended":            {done, pending, 1, "hour", 0, "", "busy"},
 		"error/ended_and_identical":    {done, pending, 1, "hour", 0, "", "busy"},
 		"error/ended_and_changed":      {superseded, pending, 0, "now", 0, "", "busy"},
 		"error/claimed_by_another":     {result: stale},

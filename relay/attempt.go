@@ -13,10 +13,7 @@ import (
 	"github.com/seed3357934d/outbox"
 )
 
-var (
-	errGoexit     = Unknown(errors.New("the sender ended its goroutine"))
-	errOutOfTries = errors.New("out of attempts: the last delivery left no result")
-)
+var errGoexit = Unknown(errors.New("the sender ended its goroutine"))
 
 // attempt delivers it, after asking about an unknown outcome where it can, and says
 // how to settle it.
@@ -36,7 +33,7 @@ func (r *run) attempt(ctx context.Context, it *item) outbox.Settlement {
 			// claim decides, of which nothing is unknown.
 			return outbox.Settlement{Verdict: outbox.HandedBack}
 		case r.cfg.MaxAttempts > 0 && n.Attempts > r.cfg.MaxAttempts: // see judge
-			return outbox.Settlement{Verdict: outbox.Failed, Error: errOutOfTries.Error()}
+			return outbox.Settlement{Verdict: outbox.Failed, Error: "out of attempts: the last delivery left no result"}
 		}
 	}
 	receipt, err := r.send(ctx, n)
