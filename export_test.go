@@ -12,6 +12,20 @@ func CheckPayload(b []byte) error {
 const MaybeNotJSONBSQL = `(payload_json::text ~ ` + maybeNotJSONBRegex + ` OR
 	payload_json::text ~ ` + surrogateRegex + ` AND payload_json::text ~ ` + loneSurrogateRegex + `)`
 
+// Guesses are what a store may expect of the next add.
+const Guesses = founds
+
+// AlwaysGuess has adds expect one outcome, whatever those before them found. The
+// guess 0 is none.
+func (s *PGStore) AlwaysGuess(guess int) {
+	for i := range s.sql.guess {
+		s.sql.guess[i] = s.sql.guess[guess]
+	}
+}
+
+// GuessSQL is the statement that a guess has adds of the key begin with.
+func (s *PGStore) GuessSQL(guess int, k Key) string { return s.sql.guess[guess][k.shape()] }
+
 // AddSQL and InsertManySQL are the statements for a key with the parts that k has.
 func (s *PGStore) AddSQL(k Key) string         { return s.sql.add[k.shape()] }
 func (s *PGStore) InsertManySQL(k Key) string  { return s.sql.insert[k.shape()] }

@@ -32,10 +32,15 @@ func laterAdd(t testing.TB, db *pgtest.DB, tx pgx.Tx, n outbox.NewNotification) 
 
 func TestRivals(t *testing.T) {
 	t.Parallel()
+	testRivals(t, 0)
+}
+
+func testRivals(t *testing.T, guess int) {
+	newDB := guessing(guess)
 
 	t.Run("that_commits_leaves_its_row_to_be_refreshed", func(t *testing.T) {
 		t.Parallel()
-		db := pgtest.NewDB(t)
+		db := newDB(t)
 		rival, mine := db.MustBegin(t), db.MustBegin(t)
 		theirs, err := db.Store.AddNotification(t.Context(), rival, rejected)
 		require.NoError(t, err)
@@ -56,7 +61,7 @@ func TestRivals(t *testing.T) {
 
 	t.Run("that_commits_a_settled_row_leaves_it_existing", func(t *testing.T) {
 		t.Parallel()
-		db := pgtest.NewDB(t)
+		db := newDB(t)
 		rival, mine := db.MustBegin(t), db.MustBegin(t)
 		_, err := rival.Exec(t.Context(), "INSERT INTO outbox_notifications (type, booking_id, candidate_tg_id, status) VALUES ('reject', 7, 42, 'sent')")
 		require.NoError(t, err)
@@ -71,7 +76,7 @@ func TestRivals(t *testing.T) {
 
 	t.Run("that_rolls_back_leaves_the_key_to_us", func(t *testing.T) {
 		t.Parallel()
-		db := pgtest.NewDB(t)
+		db := newDB(t)
 		rival, mine := db.MustBegin(t), db.MustBegin(t)
 		_, err := db.Store.AddNotification(t.Context(), rival, rejected)
 		require.NoError(t, err)
@@ -87,7 +92,7 @@ func TestRivals(t *testing.T) {
 
 	t.Run("that_dies_leaves_the_key_to_us", func(t *testing.T) {
 		t.Parallel()
-		db := pgtest.NewDB(t)
+		db := newDB(t)
 		rival, mine := db.MustBegin(t), db.MustBegin(t)
 		_, err := db.Store.AddNotification(t.Context(), rival, rejected)
 		require.NoError(t, err)
@@ -103,7 +108,7 @@ func TestRivals(t *testing.T) {
 
 	t.Run("that_settles_the_row_is_waited_for", func(t *testing.T) {
 		t.Parallel()
-		db := pgtest.NewDB(t)
+		db := newDB(t)
 		db.Add(t, rejected)
 		rival, mine := db.MustBegin(t), db.MustBegin(t)
 		_, err := rival.Exec(t.Context(), "UPDATE outbox_notifications SET status = 'sent', receipt = 'tg:1', sent_version = 1")
@@ -122,7 +127,7 @@ func TestRivals(t *testing.T) {
 
 	t.Run("that_refreshes_the_row_is_waited_for_and_built_upon", func(t *testing.T) {
 		t.Parallel()
-		db := pgtest.NewDB(t)
+		db := newDB(t)
 		db.Add(t, rejected)
 		rival, mine := db.MustBegin(t), db.MustBegin(t)
 		first, second := rejected, outbox.NewNotification{Type: "reject", BookingID: 7, CandidateTgID: 42, RecruiterTgID: 5}
@@ -142,7 +147,7 @@ func TestRivals(t *testing.T) {
 	t.Run("is_kept_waiting_by_a_settled_row_that_was_returned", func(t *testing.T) {
 		// What the caller was told holds until it commits: FOR UPDATE whatever the status.
 		t.Parallel()
-		db := pgtest.NewDB(t)
+		db := newDB(t)
 		db.Add(t, rejected)
 		db.MustExec(t, "UPDATE outbox_notifications SET status = 'sent'")
 		for _, add := range []func(pgx.Tx) error{
@@ -167,7 +172,7 @@ func TestRivals(t *testing.T) {
 
 	t.Run("that_purges_the_row_leaves_the_key_to_us", func(t *testing.T) {
 		t.Parallel()
-		db := pgtest.NewDB(t)
+		db := newDB(t)
 		old := db.Add(t, rejected).Notification.ID
 		rival, mine := db.MustBegin(t), db.MustBegin(t)
 		_, err := rival.Exec(t.Context(), "DELETE FROM outbox_notifications")
@@ -186,13 +191,17 @@ func TestRivals(t *testing.T) {
 		// Our first statement waits for the rival's insert and does nothing; before
 		// our second one the row is gone again.
 		t.Parallel()
-		db := pgtest.NewDB(t)
+		db := newDB(t)
 		gate := newGatedDB(t, db)
 		rival := db.MustBegin(t)
 		_, err := db.Store.AddNotification(t.Context(), rival, rejected)
 		require.NoError(t, err)
 		mine := pgtest.Begin(t, gate.pool, pgx.TxOptions{})
-		gate.before(2, func() {
+		second := 2
+		if guess > 1 {
+			second = 3 // the guess neither waits for a rival's insert nor sees it
+		}
+		gate.before(second, func() {
 			_, err := db.Exec(context.Background(), "DELETE FROM outbox_notifications")
 			require.NoError(t, err)
 		})
@@ -208,7 +217,7 @@ func TestRivals(t *testing.T) {
 
 	t.Run("that_purges_and_creates_anew_is_refreshed", func(t *testing.T) {
 		t.Parallel()
-		db := pgtest.NewDB(t)
+		db := newDB(t)
 		db.Add(t, rejected)
 		rival, mine := db.MustBegin(t), db.MustBegin(t)
 		_, err := rival.Exec(t.Context(), "DELETE FROM outbox_notifications")
@@ -227,7 +236,7 @@ func TestRivals(t *testing.T) {
 	for _, rivals := range []int{2, 32} {
 		t.Run(fmt.Sprintf("%d_on_the_same_new_keys_end_in_one_row_each", rivals), func(t *testing.T) {
 			t.Parallel()
-			db := pgtest.NewDB(t)
+			db := newDB(t)
 			const keys = 20
 			created := make([]int, keys)
 			var mu sync.Mutex
@@ -276,6 +285,11 @@ func TestRivals(t *testing.T) {
 // TestIsolation is the table that the README publishes.
 func TestIsolation(t *testing.T) {
 	t.Parallel()
+	testIsolation(t, 0)
+}
+
+func testIsolation(t *testing.T, guess int) {
+	newDB := guessing(guess)
 	type step func(t *testing.T, db *pgtest.DB, rival pgx.Tx)
 	add := func(payload any) step {
 		return func(t *testing.T, db *pgtest.DB, rival pgx.Tx) {
@@ -324,7 +338,7 @@ func TestIsolation(t *testing.T) {
 				for _, batch := range []bool{false, true} {
 					t.Run(fmt.Sprintf("%s/%s/%s/batch=%v", c.name, level, when, batch), func(t *testing.T) {
 						t.Parallel()
-						db := pgtest.NewDB(t)
+						db := newDB(t)
 						mineN := rejected
 						mineN.Payload = "mine"
 						if c.there {
@@ -355,6 +369,10 @@ func TestIsolation(t *testing.T) {
 							pending = pgtest.Later(work)
 						}
 						res, err := pgtest.Await(t, pending)
+						want := want
+						if want == retry && guess == 1 && !batch && c.name == "the rival purges the row and commits" {
+							want = created // as a plain INSERT does: there is nothing left to be in conflict with
+						}
 						if want == retry {
 							require.Equal(t, retry, sqlState(t, err))
 							require.True(t, outbox.IsRetryable(err))

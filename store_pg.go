@@ -59,6 +59,8 @@ type PGStore struct {
 	// wideBookingID is set once booking_id is known to be a bigint. See fits.
 	wideBookingID atomic.Bool
 
+	recently recently
+
 	notifies bool
 	born     time.Time
 	notified atomic.Int64 // nanoseconds after born; 0: never
@@ -115,6 +117,7 @@ func NewPGStore(pool *pgxpool.Pool, cfg Config) (*PGStore, error) {
 // Those that look a key up come once for each shape of a key.
 type statements struct {
 	add     [keyShapes]string
+	guess   [founds][keyShapes]string // see guess_pg.go
 	insert  [keyShapes]string
 	refresh [keyShapes]string
 	get     [keyShapes]string
@@ -159,8 +162,15 @@ func prepare(table string) statements {
 		}
 		fill := strings.NewReplacer("{table}", table, "{key}", one, "{keys}", many)
 		st.add[shape] = fill.Replace(addSQL)
+		st.guess[foundOther][shape] = st.add[shape]
+		st.guess[foundNone][shape] = fill.Replace(insertSQL)
+		st.guess[foundPending][shape] = st.add[shape]
+		st.guess[foundSettled][shape] = fill.Replace(lookupSQL)
 		st.insert[shape] = fill.Replace(insertManySQL)
 		st.refresh[shape] = fill.Replace(refreshManySQL)
+		if shape == 0 { // of keys with absent parts the planner expects many rows
+			st.guess[foundPending][shape] = fill.Replace(updateSQL)
+		}
 		st.get[shape] = fill.Replace(getSQL)
 		st.requeue[shape] = fill.Replace(requeueSQL)
 	}
@@ -238,7 +248,7 @@ SELECT 'created', false, ` + rowColumns + ` FROM created
 UNION ALL
 SELECT 'refreshed', in_flight, ` + rowColumns + ` FROM refreshed
 UNION ALL
-SELECT CASE WHEN found_id IS NULL THEN 'existing' ELSE 'refreshed' END, coalesce(in_flight, false), ` + rowColumns + `
+SELECT CASE WHEN found_id IS NULL THEN 'existing' ELSE 'unchanged' END, coalesce(in_flight, false), ` + rowColumns + `
 FROM found LEFT JOIN (SELECT found_id, in_flight FROM refresh) AS pending ON found_id = id
 WHERE NOT EXISTS (SELECT FROM refreshed)`
 
@@ -322,16 +332,26 @@ func (s *PGStore) AddNotification(ctx context.Context, tx pgx.Tx, n NewNotificat
 	} else if bad != nil {
 		return AddResult{}, bad
 	}
+	add := s.sql.add[in.key.shape()]
+	sql := s.sql.guess[s.recently.guess()][in.key.shape()]
 	for range maxLookups {
-		res, err := scanAdd(tx.QueryRow(ctx, s.sql.add[in.key.shape()],
+		res, err := scanAdd(tx.QueryRow(ctx, sql,
 			in.key.Type, int8OrNull(in.key.BookingID), int8OrNull(in.key.CandidateTgID),
 			int8OrNull(in.recruiter), textOrNull(string(in.payload)), textOrNull(in.correlation),
 			timeOrNull(in.notBefore), timeOrNull(in.notAfter)))
 		switch {
 		case errors.Is(err, pgx.ErrNoRows):
-			continue // a rival created the row after our snapshot was taken
+			if sql != add { // the guess was wrong
+				sql = add
+				s.recently.saw(foundOther)
+			}
+			continue // else a rival created the row after our snapshot was taken
 		case err != nil:
 			return AddResult{}, s.explain("add notification "+in.key.String(), err)
+		}
+		s.recently.saw(res.Outcome.found())
+		if res.Outcome == outcomeUnchanged {
+			res.Outcome = OutcomeRefreshed
 		}
 		s.logExisting(ctx, res)
 		if res.Outcome != OutcomeExisting && in.notBefore.IsZero() {

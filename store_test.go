@@ -60,10 +60,26 @@ var rejected = outbox.NewNotification{
 
 func TestAddNotification(t *testing.T) {
 	t.Parallel()
+	testAddNotification(t, 0)
+
+	t.Run("draws_no_id_for_a_repeat", func(t *testing.T) {
+		t.Parallel()
+		db := pgtest.NewDB(t)
+		first := db.Add(t, outbox.NewNotification{Type: "a"}).Notification.ID
+		for range 5 {
+			db.Add(t, outbox.NewNotification{Type: "a"})
+			db.AddMany(t, outbox.NewNotification{Type: "a"})
+		}
+		require.Equal(t, first+1, db.Add(t, outbox.NewNotification{Type: "b"}).Notification.ID)
+	})
+}
+
+func testAddNotification(t *testing.T, guess int) {
+	newDB := guessing(guess)
 
 	t.Run("creates_a_pending_row", func(t *testing.T) {
 		t.Parallel()
-		db := pgtest.NewDB(t)
+		db := newDB(t)
 		before := pgtest.One[time.Time](t, db, "SELECT now()")
 		n := rejected
 		n.NotBefore = before.Add(time.Hour)
@@ -87,7 +103,7 @@ func TestAddNotification(t *testing.T) {
 
 	t.Run("stores_what_is_not_given_as_NULL", func(t *testing.T) {
 		t.Parallel()
-		db := pgtest.NewDB(t)
+		db := newDB(t)
 		for i, payload := range []any{nil, map[string]any{}, struct{}{}, json.RawMessage("null"), json.RawMessage(" { } "),
 			json.RawMessage(nil), (*json.RawMessage)(nil), map[string]any(nil), (*int)(nil)} {
 			n := outbox.NewNotification{Type: "digest" + itoa(i), Payload: payload}
@@ -101,7 +117,7 @@ func TestAddNotification(t *testing.T) {
 
 	t.Run("stores_raw_JSON_as_it_is", func(t *testing.T) {
 		t.Parallel()
-		db := pgtest.NewDB(t)
+		db := newDB(t)
 		raw := json.RawMessage(`{ "b" : 1.50, "a":"<é>" , "a":2}`)
 		require.Equal(t, raw, db.Add(t, outbox.NewNotification{Type: "raw", Payload: raw}).Notification.Payload)
 		require.Equal(t, raw, db.Add(t, outbox.NewNotification{Type: "pointer", Payload: &raw}).Notification.Payload)
@@ -110,7 +126,7 @@ func TestAddNotification(t *testing.T) {
 
 	t.Run("tells_keys_apart_by_every_part", func(t *testing.T) {
 		t.Parallel()
-		db := pgtest.NewDB(t)
+		db := newDB(t)
 		keys := []outbox.Key{
 			{Type: "a"}, {Type: "b"}, {Type: "A"}, {Type: "a "},
 			{Type: "a", BookingID: 1}, {Type: "a", BookingID: 2}, {Type: "a", BookingID: -1},
@@ -132,7 +148,7 @@ func TestAddNotification(t *testing.T) {
 
 	t.Run("refreshes_only_what_is_given", func(t *testing.T) {
 		t.Parallel()
-		db := pgtest.NewDB(t)
+		db := newDB(t)
 		n := rejected
 		n.NotAfter = time.Now().Add(time.Hour).Truncate(time.Microsecond)
 		first := db.Add(t, n).Notification
@@ -154,7 +170,7 @@ func TestAddNotification(t *testing.T) {
 
 	t.Run("counts_a_version_only_for_recruiter_and_payload", func(t *testing.T) {
 		t.Parallel()
-		db := pgtest.NewDB(t)
+		db := newDB(t)
 		db.Add(t, rejected)
 		version := int64(1)
 		for _, step := range []struct {
@@ -182,7 +198,7 @@ func TestAddNotification(t *testing.T) {
 
 	t.Run("makes_a_postponed_or_retried_row_due_as_told", func(t *testing.T) {
 		t.Parallel()
-		db := pgtest.NewDB(t)
+		db := newDB(t)
 		n := rejected
 		n.NotBefore = time.Now().Add(time.Hour).Truncate(time.Microsecond)
 		require.True(t, n.NotBefore.Equal(db.Add(t, n).Notification.NextRetryAt))
@@ -198,7 +214,7 @@ func TestAddNotification(t *testing.T) {
 
 	t.Run("writes_nothing_when_nothing_changes", func(t *testing.T) {
 		t.Parallel()
-		db := pgtest.NewDB(t)
+		db := newDB(t)
 		n := rejected
 		n.NotBefore, n.NotAfter = time.Now().Add(time.Hour), time.Now().Add(2*time.Hour)
 		first := db.Add(t, n)
@@ -215,7 +231,7 @@ func TestAddNotification(t *testing.T) {
 	for _, status := range []outbox.Status{outbox.StatusSent, outbox.StatusFailed} {
 		t.Run("returns_a_"+string(status)+"_row_unchanged", func(t *testing.T) {
 			t.Parallel()
-			db := pgtest.NewDB(t)
+			db := newDB(t)
 			db.Add(t, rejected)
 			db.MustExec(t, `UPDATE outbox_notifications SET status = $1, attempts = 2, sent_version = 1, receipt = 'tg:5',
 				last_error = 'e', sent_at = now(), next_retry_at = now(), locked_at = now()`, status)
@@ -234,7 +250,7 @@ func TestAddNotification(t *testing.T) {
 
 	t.Run("keeps_the_lease_of_a_delivery_under_way", func(t *testing.T) {
 		t.Parallel()
-		db := pgtest.NewDB(t)
+		db := newDB(t)
 		id := db.Add(t, rejected).Notification.ID
 		lease(t, db, id, "1 minute")
 		token, before := leaseOf(t, db, id), db.Get(t, rejected.Key())
@@ -261,7 +277,7 @@ func TestAddNotification(t *testing.T) {
 
 	t.Run("asks_the_clock_and_not_the_transaction_whether_a_lease_has_ended", func(t *testing.T) {
 		t.Parallel()
-		db := pgtest.NewDB(t)
+		db := newDB(t)
 		id := db.Add(t, rejected).Notification.ID
 		tx := db.MustBegin(t)
 		pgtest.One[time.Time](t, tx, "SELECT now()")
@@ -281,7 +297,7 @@ func TestAddNotification(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			db := pgtest.NewDB(t)
+			db := newDB(t)
 			for i, add := range []func(outbox.NewNotification) outbox.AddResult{
 				func(n outbox.NewNotification) outbox.AddResult { return db.Add(t, n) },
 				func(n outbox.NewNotification) outbox.AddResult { return db.AddMany(t, n)[0] },
@@ -303,7 +319,7 @@ func TestAddNotification(t *testing.T) {
 
 	t.Run("leaves_nothing_behind_after_a_rollback", func(t *testing.T) {
 		t.Parallel()
-		db := pgtest.NewDB(t)
+		db := newDB(t)
 		tx := db.MustBegin(t)
 		res, err := db.Store.AddNotification(t.Context(), tx, rejected)
 		require.NoError(t, err)
@@ -325,7 +341,7 @@ func TestAddNotification(t *testing.T) {
 
 	t.Run("sees_what_its_own_transaction_added", func(t *testing.T) {
 		t.Parallel()
-		db := pgtest.NewDB(t)
+		db := newDB(t)
 		tx := db.MustBegin(t)
 		for i, want := range []outbox.Outcome{outbox.OutcomeCreated, outbox.OutcomeRefreshed, outbox.OutcomeRefreshed} {
 			n := rejected
@@ -341,7 +357,7 @@ func TestAddNotification(t *testing.T) {
 
 	t.Run("goes_with_the_savepoint_it_was_called_in", func(t *testing.T) {
 		t.Parallel()
-		db := pgtest.NewDB(t)
+		db := newDB(t)
 		tx := db.MustBegin(t)
 		inner, err := tx.Begin(t.Context())
 		require.NoError(t, err)
@@ -372,7 +388,7 @@ func TestAddNotification(t *testing.T) {
 	t.Run("surfaces_another_unique_violation", func(t *testing.T) {
 		// Only a conflict of the key is taken for a duplicate.
 		t.Parallel()
-		db := pgtest.NewDB(t)
+		db := newDB(t)
 		db.MustExec(t, "CREATE UNIQUE INDEX ON outbox_notifications (correlation_id)")
 		db.Add(t, outbox.NewNotification{Type: "a", CorrelationID: "same"})
 		_, err := db.TryAdd(t.Context(), outbox.NewNotification{Type: "b", CorrelationID: "same"})
@@ -381,7 +397,7 @@ func TestAddNotification(t *testing.T) {
 
 	t.Run("survives_a_stored_payload_that_jsonb_refuses", func(t *testing.T) {
 		t.Parallel()
-		db := pgtest.NewDB(t)
+		db := newDB(t)
 		for _, stored := range []string{`{"a":"\u0000"}`, `"\ud800"`, `"\udc00"`, `1e999999`, `[1e-99999]`} {
 			n := outbox.NewNotification{Type: "python"}
 			db.MustExec(t, "DELETE FROM outbox_notifications")
@@ -404,7 +420,7 @@ func TestAddNotification(t *testing.T) {
 			"RETURN NULL":                            "a trigger or a policy",
 			"NEW.type = lower(NEW.type); RETURN NEW": "",
 		} {
-			db := pgtest.NewDB(t)
+			db := newDB(t)
 			db.MustExec(t, `CREATE FUNCTION meddle() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN `+body+`; END $$;
 				CREATE TRIGGER meddle BEFORE INSERT ON outbox_notifications FOR EACH ROW EXECUTE FUNCTION meddle()`)
 			tx := db.MustBegin(t)
@@ -417,20 +433,9 @@ func TestAddNotification(t *testing.T) {
 		}
 	})
 
-	t.Run("draws_no_id_for_a_repeat", func(t *testing.T) {
-		t.Parallel()
-		db := pgtest.NewDB(t)
-		first := db.Add(t, outbox.NewNotification{Type: "a"}).Notification.ID
-		for range 5 {
-			db.Add(t, outbox.NewNotification{Type: "a"})
-			db.AddMany(t, outbox.NewNotification{Type: "a"})
-		}
-		require.Equal(t, first+1, db.Add(t, outbox.NewNotification{Type: "b"}).Notification.ID)
-	})
-
 	t.Run("logs_an_existing_row_without_its_payload", func(t *testing.T) {
 		t.Parallel()
-		db := pgtest.NewDB(t)
+		db := newDB(t)
 		var logged bytes.Buffer
 		store, err := outbox.NewPGStore(db.Pool, outbox.Config{Logger: slog.New(slog.NewTextHandler(&logged, nil))})
 		require.NoError(t, err)
