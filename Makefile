@@ -3,6 +3,8 @@
 # make test-installed  on the PostgreSQL that is installed here, without Docker
 # make lint            the linters of .golangci.yml, and formatting
 # make fuzz            the payload fuzzer, for FUZZTIME (default 1m)
+# make bench           measures the library beside its peers; QUICK=1: roughly, in 2 minutes
+# make bench-held      a transaction held open for HOLD (default 15m), beside delivery
 # make images          what the tests need of Docker, without running them
 # make clean           removes all containers and images of the tests, running ones too
 #
@@ -16,6 +18,7 @@ SHELL := /bin/bash
 PG ?= 15 17 18
 FUZZTIME ?= 1m
 TIMEOUT ?= 10m
+HOLD ?= 15m
 GO ?= go
 GOTEST = $(GO) test -race -count=1 -timeout=$(TIMEOUT)
 LINT = $(GO) tool -modfile=$(CURDIR)/tools.mod golangci-lint run
@@ -74,6 +77,13 @@ lint:
 .PHONY: fuzz
 fuzz:
 	$(GO) test -run='^$$' -fuzz=FuzzPayload -fuzztime=$(FUZZTIME) .
+
+# The program is built first: what ends it has to reach it, or its server stays.
+.PHONY: bench bench-held
+bench:
+	@cd bench && $(GO) build -o ../bin/bench . && exec ../bin/bench $(if $(QUICK),-quick) $(ARGS)
+bench-held:
+	@cd bench && $(GO) build -o ../bin/bench . && exec ../bin/bench -run '^held$$' -hold $(HOLD) $(ARGS)
 
 .PHONY: clean
 clean:

@@ -57,7 +57,11 @@ func CheckInstalled(ctx context.Context) error {
 }
 
 func startInstallation(ctx context.Context, inst installation, opts Options) (_ *Server, err error) {
-	dir, err := newWorkDir()
+	parent := memoryDir()
+	if opts.OnDisk {
+		parent = diskDir()
+	}
+	dir, err := newWorkDir(parent)
 	if err != nil {
 		return nil, err
 	}
@@ -331,13 +335,22 @@ type workDir struct {
 	lock *os.File // nil where locks are not supported
 }
 
-// newWorkDir makes a directory, in memory if the system has a place for that, and
-// removes those whose process was killed before it could.
-func newWorkDir() (_ *workDir, err error) {
-	parent := "/dev/shm"
-	if info, err := os.Stat(parent); err != nil || !info.IsDir() {
-		parent = os.TempDir()
+// memoryDir is in memory if the system has a place for that.
+func memoryDir() string { return dirOrTemp("/dev/shm") }
+
+// diskDir is on a disk also where temporary files are in memory.
+func diskDir() string { return dirOrTemp("/var/tmp") }
+
+func dirOrTemp(dir string) string {
+	if info, err := os.Stat(dir); err != nil || !info.IsDir() {
+		return os.TempDir()
 	}
+	return dir
+}
+
+// newWorkDir makes a directory in parent, and removes those there whose process was
+// killed before it could.
+func newWorkDir(parent string) (_ *workDir, err error) {
 	removeAbandoned(parent)
 
 	as, err := unprivileged()

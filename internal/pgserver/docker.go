@@ -111,12 +111,17 @@ func startInDocker(ctx context.Context, opts Options) (*Server, error) {
 	for _, name := range slices.Sorted(maps.Keys(opts.Settings)) {
 		cmd = append(cmd, "-c", name+"="+opts.Settings[name])
 	}
+	// PGDATA is named because official images differ in where it is. The volume has
+	// no name and goes with the container.
+	data := testcontainers.WithTmpfs(map[string]string{"/pgdata": "rw"})
+	if opts.OnDisk {
+		data = testcontainers.WithMounts(testcontainers.VolumeMount("", "/pgdata"))
+	}
 	c, err := postgres.Run(ctx, image.tag,
 		append(containerOptions(host, "5432/tcp", "docker-entrypoint.sh"),
 			postgres.BasicWaitStrategies(),
 			testcontainers.WithCmd(cmd...),
-			// PGDATA is named because official images differ in where it is.
-			testcontainers.WithTmpfs(map[string]string{"/pgdata": "rw"}),
+			data,
 			testcontainers.WithEnv(map[string]string{
 				"PGDATA":                    "/pgdata",
 				"POSTGRES_HOST_AUTH_METHOD": "trust",
@@ -130,9 +135,10 @@ func startInDocker(ctx context.Context, opts Options) (*Server, error) {
 		return nil, failedContainer(ctx, c, err)
 	}
 	return &Server{
-		URL:  dsn,
-		Kind: fmt.Sprintf("PostgreSQL %s in a container (%s)", version, image.origin),
-		runs: &dockerServer{c: c, host: host, url: dsn, logf: opts.Logf},
+		URL:       dsn,
+		Kind:      fmt.Sprintf("PostgreSQL %s in a container (%s)", version, image.origin),
+		Container: c.GetContainerID(),
+		runs:      &dockerServer{c: c, host: host, url: dsn, logf: opts.Logf},
 	}, nil
 }
 

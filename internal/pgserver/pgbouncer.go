@@ -81,7 +81,7 @@ func startInstalledPgBouncer(ctx context.Context, serverPort int, logf func(stri
 		extra, query = "", "&default_query_exec_mode=cache_describe"
 	}
 
-	dir, err := newWorkDir()
+	dir, err := newWorkDir(memoryDir())
 	if err != nil {
 		return "", nil, err
 	}

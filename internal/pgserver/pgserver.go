@@ -1,7 +1,7 @@
 // Package pgserver starts throwaway PostgreSQL servers for tests and examples:
 // in a container where Docker answers, else from the PostgreSQL that is installed
-// on the machine. It keeps nothing: a server's data is in memory where possible
-// and gone after [Server.Stop].
+// on the machine. It keeps nothing: a server's data is in memory where possible,
+// unless asked otherwise, and gone after [Server.Stop].
 //
 // The container's image is the official one where it is present or can be pulled.
 // Where no registry can be reached it is built, once, from Debian's packages.
@@ -52,6 +52,10 @@ type Options struct {
 	// max_connections is 300.
 	Settings map[string]string
 
+	// OnDisk has the data on a disk in place of in memory, for measurements: in a
+	// volume of the container, or in /var/tmp. It changes no setting.
+	OnDisk bool
+
 	// Logf receives what a human who waits would want to know, such as that an
 	// image is being built. Default: nothing is said.
 	Logf func(format string, args ...any)
@@ -64,6 +68,9 @@ type Server struct {
 
 	// Kind says in one line, for humans, what is running and from where.
 	Kind string
+
+	// Container is the id of the container that the server runs in. "" without Docker.
+	Container string
 
 	mu      sync.Mutex // one fault at a time, and Stop after it
 	runs    runner

@@ -97,6 +97,32 @@ func TestStart(t *testing.T) {
 	require.NoError(t, s.Stop(), "a second call")
 }
 
+func TestStart_on_disk(t *testing.T) {
+	t.Parallel()
+	opts := options(t)
+	opts.OnDisk = true
+	s := start(t, opts)
+	conn := connect(t, s.URL)
+	require.Equal(t, strings.Contains(s.Kind, "in a container"), s.Container != "")
+
+	// The mount with the longest path above the data is where it is. Not every system
+	// has the file.
+	mounts := queryString(t, conn, "SELECT coalesce(pg_read_file('/proc/mounts', 0, 1000000, true), '')")
+	data := queryString(t, conn, "SHOW data_directory")
+	var dir, kind string
+	for line := range strings.Lines(mounts) {
+		fields := strings.Fields(line)
+		if under := strings.TrimSuffix(fields[1], "/") + "/"; strings.HasPrefix(data+"/", under) && len(under) > len(dir) {
+			dir, kind = under, fields[2]
+		}
+	}
+	require.NotEqual(t, "tmpfs", kind, "%s is on %s", data, dir)
+
+	gone := goneAfterStop(t, s, conn)
+	require.NoError(t, s.Stop())
+	require.True(t, gone(), "nothing is left")
+}
+
 // goneAfterStop returns a check that the server left nothing behind. The container
 // is the one whose host name the server has; without one, its directory is known.
 func goneAfterStop(t *testing.T, s *Server, conn *pgx.Conn) func() bool {
