@@ -32,14 +32,17 @@ var guesses = []string{"none", "created", "refreshed", "existing"}
 //
 // Mutations that turn it red:
 //
-//	no status = 'pending' in updateSQL       all but makes_no_difference/refreshed/shape...
-//	no status <> 'pending' in lookupSQL      makes_no_difference/existing
-//	no payload changed in updateSQL          makes_no_difference/refreshed
-//	version, attempts, lease in updateSQL    makes_no_difference/refreshed
-//	no FOR UPDATE in lookupSQL               rivals/existing
-//	no ON CONFLICT in insertSQL              rivals/created
-//	a run not ended by a wrong guess         costs_a_second_round_trip_in_seventeen_at_most
-//	guessAfter 0                             costs_a_second_round_trip_in_seventeen_at_most
+//	no status = 'pending' in updateSQL          makes_no_difference/refreshed, rivals/refreshed
+//	no status <> 'pending' in lookupSQL         makes_no_difference/existing, isolation/existing
+//	true for payload changed in updateSQL       makes_no_difference/refreshed
+//	attempts 0, lease_until NULL in updateSQL   makes_no_difference/refreshed, add/refreshed
+//	version in updateSQL                        makes_no_difference/refreshed, rivals/refreshed
+//	now() for statement_timestamp()             add/refreshed
+//	no FOR UPDATE in lookupSQL                  rivals/existing
+//	no ON CONFLICT in insertSQL                 makes_no_difference/created, add/created
+//	a run not ended by a wrong guess            costs_a_second_round_trip_in_seventeen_at_most
+//	'refreshed' for 'unchanged' in addSQL       costs_a_second_round_trip_in_seventeen_at_most
+//	guessAfter 3, or never a guess              costs_a_second_round_trip_in_seventeen_at_most
 func TestGuess(t *testing.T) {
 	t.Parallel()
 	require.Len(t, guesses, outbox.Guesses)

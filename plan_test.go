@@ -98,6 +98,15 @@ func TestPlan(t *testing.T) {
 				requireIndexes(t, explain(t, tx, fmt.Sprintf("EXECUTE add ('%s', %s, %s, NULL, '{\"a\": 1}', NULL, NULL, NULL)",
 					key.Type, booking, candidate)), key)
 
+				for guess := 2; guess < outbox.Guesses; guess++ { // the guess 1 reads no row
+					_, err = tx.Exec(t.Context(), "PREPARE guess AS "+db.Store.GuessSQL(guess, key))
+					require.NoError(t, err)
+					requireIndexes(t, explain(t, tx, fmt.Sprintf("EXECUTE guess ('%s', %s, %s, NULL, '{\"a\": 1}', NULL, NULL, NULL)",
+						key.Type, booking, candidate)), key)
+					_, err = tx.Exec(t.Context(), "DEALLOCATE guess")
+					require.NoError(t, err)
+				}
+
 				array := func(v string) string { return "array_fill(" + v + ", ARRAY[1000])" }
 				_, err = tx.Exec(t.Context(), "PREPARE insert_many AS "+db.Store.InsertManySQL(key))
 				require.NoError(t, err)

@@ -278,14 +278,19 @@ func testAddNotification(t *testing.T, guess int) {
 	t.Run("asks_the_clock_and_not_the_transaction_whether_a_lease_has_ended", func(t *testing.T) {
 		t.Parallel()
 		db := newDB(t)
-		id := db.Add(t, rejected).Notification.ID
-		tx := db.MustBegin(t)
-		pgtest.One[time.Time](t, tx, "SELECT now()")
-		db.MustExec(t, `UPDATE outbox_notifications SET lease_token = gen_random_uuid(), locked_at = now(),
-			lease_until = clock_timestamp() WHERE id = $1`, id)
-		res, err := db.Store.AddNotification(t.Context(), tx, rejected)
-		require.NoError(t, err)
-		require.False(t, res.InFlight)
+		changed := rejected
+		changed.Payload = "changed"
+		for _, n := range []outbox.NewNotification{rejected, changed} {
+			id := db.Add(t, rejected).Notification.ID
+			tx := db.MustBegin(t)
+			pgtest.One[time.Time](t, tx, "SELECT now()")
+			db.MustExec(t, `UPDATE outbox_notifications SET lease_token = gen_random_uuid(), locked_at = now(),
+				lease_until = clock_timestamp() WHERE id = $1`, id)
+			res, err := db.Store.AddNotification(t.Context(), tx, n)
+			require.NoError(t, err)
+			require.False(t, res.InFlight)
+			require.NoError(t, tx.Rollback(t.Context()))
+		}
 	})
 
 	for name, lock := range map[string]string{
