@@ -49,28 +49,26 @@ var (
 		return func(context.Context, pgx.Tx, int64, message) error { return nil }
 	})
 
-	bareInsert = byHand("bare insert", func(table string) func(context.Context, pgx.Tx, int64, message) error {
-		sql := insertSQL(table)
-		return func(ctx context.Context, tx pgx.Tx, key int64, m message) error {
-			var id int64
-			return insertBare(ctx, tx, sql, key, m, &id)
-		}
-	})
+	bareInsert = byHand("bare insert", insertByHand)
+	bareUpdate = byHand("bare update", updateByHand)
 
-	bareUpdate = byHand("bare update", func(table string) func(context.Context, pgx.Tx, int64, message) error {
-		sql := `UPDATE ` + table + ` SET recruiter_tg_id = $4, payload_json = $5, correlation_id = $6, version = version + 1, next_retry_at = NULL ` + keyed
+	// bareMixed knows beforehand what it will find.
+	bareMixed = byHand("the bare statement for each", func(table string) func(context.Context, pgx.Tx, int64, message) error {
+		insert, update, find := insertByHand(table), updateByHand(table), selectByHand("")(table)
 		return func(ctx context.Context, tx pgx.Tx, key int64, m message) error {
-			payload, err := json.Marshal(m)
-			if err != nil {
-				return err
+			switch {
+			case m.Revision == 0:
+				return insert(ctx, tx, key, m)
+			case key%2 == 0:
+				return update(ctx, tx, key, m)
+			default:
+				return find(ctx, tx, key, m)
 			}
-			tag, err := tx.Exec(ctx, sql, kind, booking(key), candidate(key), recruiter(key), payload, correlation(key))
-			return affected(tag.RowsAffected(), err)
 		}
 	})
 
-	bareSelect    = selecting("bare select", "")
-	lockingSelect = selecting("select for update", " FOR UPDATE")
+	bareSelect    = byHand("bare select", selectByHand(""))
+	lockingSelect = byHand("select for update", selectByHand(" FOR UPDATE"))
 
 	twoStatements = byHand("two statements", func(table string) func(context.Context, pgx.Tx, int64, message) error {
 		find := `SELECT id, status FROM ` + table + ` ` + keyed + ` FOR UPDATE`
@@ -100,6 +98,26 @@ var (
 	}}
 )
 
+func insertByHand(table string) func(context.Context, pgx.Tx, int64, message) error {
+	sql := insertSQL(table)
+	return func(ctx context.Context, tx pgx.Tx, key int64, m message) error {
+		var id int64
+		return insertBare(ctx, tx, sql, key, m, &id)
+	}
+}
+
+func updateByHand(table string) func(context.Context, pgx.Tx, int64, message) error {
+	sql := `UPDATE ` + table + ` SET recruiter_tg_id = $4, payload_json = $5, correlation_id = $6, version = version + 1, next_retry_at = NULL ` + keyed
+	return func(ctx context.Context, tx pgx.Tx, key int64, m message) error {
+		payload, err := json.Marshal(m)
+		if err != nil {
+			return err
+		}
+		tag, err := tx.Exec(ctx, sql, kind, booking(key), candidate(key), recruiter(key), payload, correlation(key))
+		return affected(tag.RowsAffected(), err)
+	}
+}
+
 func insertSQL(table string) string {
 	return `INSERT INTO ` + table + ` (type, booking_id, candidate_tg_id, recruiter_tg_id, payload_json, correlation_id)
 		VALUES ($1, $2, $3, $4, $5, $6) ON CONFLICT (type, booking_id, candidate_tg_id) DO NOTHING RETURNING id`
@@ -113,8 +131,8 @@ func insertBare(ctx context.Context, tx pgx.Tx, sql string, key int64, m message
 	return tx.QueryRow(ctx, sql, kind, booking(key), candidate(key), recruiter(key), payload, correlation(key)).Scan(id)
 }
 
-func selecting(name, lock string) adder {
-	return byHand(name, func(table string) func(context.Context, pgx.Tx, int64, message) error {
+func selectByHand(lock string) func(table string) func(context.Context, pgx.Tx, int64, message) error {
+	return func(table string) func(context.Context, pgx.Tx, int64, message) error {
 		sql := `SELECT id, status, version, sent_at FROM ` + table + ` ` + keyed + lock
 		return func(ctx context.Context, tx pgx.Tx, key int64, m message) error {
 			// A caller that wants something sent has marshalled it before it asks.
@@ -126,7 +144,7 @@ func selecting(name, lock string) adder {
 			var sentAt pgtype.Timestamptz
 			return tx.QueryRow(ctx, sql, kind, booking(key), candidate(key)).Scan(&id, &status, &version, &sentAt)
 		}
-	})
+	}
 }
 
 // affected says that a statement has to have found its row.
@@ -170,6 +188,35 @@ func addUnchanged(ctx context.Context, b *bench) error {
 func addSettled(ctx context.Context, b *bench) error {
 	return b.adds(ctx, "repeat of a settled key", "sent", bareSelect.name, 0.97, b.changedKey,
 		bareSelect, lockingSelect, ours, riverUnique)
+}
+
+// addMixed has no run of adds that find the same: of five, three are new, one is of a
+// pending and one of a settled key.
+func addMixed(ctx context.Context, b *bench) error {
+	mixed := func(i int64) (key, revision int64) {
+		switch i % 5 {
+		case 3:
+			return 2 + 2*i%int64(b.preload), i // even
+		case 4:
+			return 1 + 2*i%int64(b.preload), i // odd
+		default:
+			return int64(b.preload) + i, 0
+		}
+	}
+	halfSent := func(a adder) adder {
+		return adder{a.name, func(ctx context.Context, b *bench, schema, status string, conns int) (*place, func(pick) op, error) {
+			p, do, err := a.make(ctx, b, schema, status, conns)
+			if err != nil {
+				return p, do, err
+			}
+			if err := b.exec(ctx, fmt.Sprintf(`UPDATE %s SET status = 'sent', sent_at = now()
+				FROM generate_series(1::bigint, %d, 2) AS i WHERE booking_id = i * %d %% %d`, p.table(), b.preload, bookingMul, prime)); err != nil {
+				return p, do, err
+			}
+			return p, do, p.settle(ctx)
+		}}
+	}
+	return b.adds(ctx, "", "pending", bareMixed.name, 0, mixed, halfSent(bareMixed), halfSent(twoStatements), halfSent(ours))
 }
 
 // adds compares at each number of connections. Work names the target; "": there is none.

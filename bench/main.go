@@ -147,6 +147,7 @@ var sections = []struct {
 	{"add/pending", "Add, repeat of a pending key, payload changed", addPending},
 	{"add/unchanged", "Add, repeat of a pending key, nothing changed", addUnchanged},
 	{"add/settled", "Add, repeat of a settled key", addSettled},
+	{"add/mixed", "Add, of five three new, one pending, one settled, one after the other", addMixed},
 	{"wire", "Round trips and WAL of one add", wire},
 	{"goside", "Go side of one add", goSide},
 	{"batch", "Many in one transaction", batches},
