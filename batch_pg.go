@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgtype"
@@ -76,41 +77,28 @@ func (s *PGStore) logExistingMany(ctx context.Context, results []AddResult) {
 	}
 }
 
-// insertManySQL inserts the keys that are not there and locks those that are,
-// one key after the other in the order of the arrays: unnest gives them in that
-// order, and neither the subquery, which FOR UPDATE keeps from becoming a join,
-// nor the insert changes it.
+// addManySQL does to many keys of one shape what addSQL does to one, one key after
+// the other in the order of the arrays.
 //
-// $1 types, $2 booking_ids, $3 candidate_tg_ids, $4 recruiter_tg_ids, $5 payloads
-// as text, $6 correlation_ids, $7 not before, $8 not after, $9 versions.
+// $1 types, $2 booking_ids, $3 candidate_tg_ids, $4 recruiter_tg_ids, $5 payloads,
+// $6 correlation_ids, $7 not before, $8 not after. For keys given more than once, see
+// folded: $9 versions of a new row (NULL: given once, and the rest means nothing), $10
+// first recruiter_tg_ids, $11 first payloads, $12 together, $13 changes. An array of
+// nothing but NULLs may be NULL itself, but for $1.
 //
-// unnest of several arrays is syntax and always pg_catalog's.
+// refresh locks the rows that are there, whatever their status, and says what a
+// refresh of them means, as in addSQL. The rest created inserts. It reads
+// refresh row by row, and runs before all else that does, as it is the first of them in
+// the UNION ALL: so a row is locked, or inserted, before the next one is looked up,
+// and all keys are locked in one order whether they are there or not. With locking and
+// inserting in two passes, a batch in its second pass could wait for a row that
+// another batch holds from its first. Keys that were found draw no id from the sequence.
 //
 // Where a rival inserted a key after our snapshot, DO UPDATE ... WHERE false
 // waits for the rival and locks its row, still in order, without writing it. DO
-// NOTHING would leave it unlocked, to be locked later and out of order. Keys
-// that the subquery found draw no id from the sequence.
-const insertManySQL = `
-INSERT INTO {table} (type, booking_id, candidate_tg_id, recruiter_tg_id, payload_json, correlation_id,
-	status, attempts, created_at, next_retry_at, not_after, version)
-SELECT i.type, i.booking_id, i.candidate_tg_id, i.recruiter_tg_id, i.payload::json, i.correlation_id,
-	'pending', 0, pg_catalog.now(), i.not_before, i.not_after, i.version
-FROM unnest($1::text[], $2::bigint[], $3::bigint[], $4::bigint[], $5::text[], $6::text[],
-	$7::timestamptz[], $8::timestamptz[], $9::bigint[])
-	AS i (type, booking_id, candidate_tg_id, recruiter_tg_id, payload, correlation_id, not_before, not_after, version)
-WHERE NOT EXISTS (
-	SELECT FROM {table} AS o WHERE {keys} ORDER BY type, booking_id, candidate_tg_id LIMIT 1 FOR UPDATE
-)
-ON CONFLICT (type, booking_id, candidate_tg_id) DO UPDATE SET type = EXCLUDED.type WHERE false
-RETURNING 'created', false, ` + rowColumns
-
-// refreshManySQL does to rows that insertManySQL has locked what addSQL does to
-// one, and returns all of them. Its snapshot is taken after the locks, so it
-// sees what every rival left.
-//
-// $1 to $8 as for insertManySQL, $9 first recruiter_tg_ids, $10 first payloads,
-// $11 together, $12 changes: see folded.
-const refreshManySQL = `
+// NOTHING would leave it unlocked, to be locked later and out of order. Such a row is
+// not returned; a new statement sees it.
+const addManySQL = `
 WITH refresh AS MATERIALIZED (
 	SELECT *, pending AND (bump > 0 OR ` + otherwiseDirtySQL + `) AS dirty
 	FROM (
@@ -118,107 +106,272 @@ WITH refresh AS MATERIALIZED (
 			changes + CASE WHEN together THEN (recruiter_changed OR payload_changed)::int
 				ELSE recruiter_changed::int + payload_changed::int END AS bump
 		FROM (
-			SELECT o.id AS found_id, ` + refreshInputSQL + `,
-				given_recruiter, given_payload, given_correlation, given_not_before, given_not_after, together, changes,
-				o.status = 'pending' AS pending, o.status = 'pending' AND ` + inFlightSQL + ` AS in_flight,
+			SELECT given_type, given_booking, given_candidate, given_recruiter, given_payload, given_correlation,
+				given_not_before, given_not_after, new_version, coalesce(changes, 0) AS changes, coalesce(together, true) AS together,
+				found.*, id AS found_id, pending AND ` + inFlightSQL + ` AS in_flight,
 				recruiter_tg_id IS DISTINCT FROM coalesce(first_recruiter, recruiter_tg_id) AS recruiter_changed,
-				o.status = 'pending' AND ` + payloadChangedSQL + ` AS payload_changed
-			FROM unnest($1::text[], $2::bigint[], $3::bigint[], $4::bigint[], $5::text[], $6::text[],
-				$7::timestamptz[], $8::timestamptz[], $9::bigint[], $10::text[], $11::boolean[], $12::bigint[])
-				AS i (type, booking_id, candidate_tg_id, given_recruiter, given_payload, given_correlation, given_not_before, given_not_after,
-					first_recruiter, first_payload, together, changes)
-			CROSS JOIN LATERAL (
-				SELECT * FROM {table} AS o WHERE {keys} ORDER BY type, booking_id, candidate_tg_id LIMIT 1
-			) AS o
+				pending AND ` + payloadChangedSQL + ` AS payload_changed
+			FROM (
+				SELECT *, type AS given_type, booking_id AS given_booking, candidate_tg_id AS given_candidate,
+					CASE WHEN new_version IS NULL THEN given_recruiter ELSE again_recruiter END AS first_recruiter,
+					(CASE WHEN new_version IS NULL THEN given_payload ELSE again_payload END)::text AS first_payload
+				FROM (
+					SELECT ` + givenSQL + `,
+						pg_catalog.unnest((SELECT $10::bigint[])) AS again_recruiter, pg_catalog.unnest((SELECT $11::json[])) AS again_payload,
+						pg_catalog.unnest((SELECT $12::boolean[])) AS together, pg_catalog.unnest((SELECT $13::bigint[])) AS changes
+				) AS given
+			) AS i
+			LEFT JOIN LATERAL (
+				SELECT ` + rowColumns + `, lease_token, lease_until, status = 'pending' AS pending
+				FROM {table} AS o WHERE {keys} ORDER BY type, booking_id, candidate_tg_id LIMIT 1 FOR UPDATE
+			) AS found ON true
 		) AS compared
 	) AS counted
+), created AS (
+	` + insertManySQL + ` SELECT given_type, given_booking, given_candidate, given_recruiter, given_payload, given_correlation,
+		'pending', 0, pg_catalog.now(), given_not_before, given_not_after, coalesce(new_version, 1)
+	FROM refresh WHERE found_id IS NULL
+	` + onConflictManySQL + ` RETURNING ` + rowColumns + `
 ), refreshed AS (
 	` + refreshSQL + `
 )
+SELECT 'created', false, ` + rowColumns + ` FROM created
+UNION ALL
 SELECT 'refreshed', in_flight, ` + rowColumns + ` FROM refreshed
 UNION ALL
 SELECT CASE WHEN pending THEN 'refreshed' ELSE 'existing' END, in_flight, ` + rowColumns + `
-FROM (SELECT found_id, pending, in_flight FROM refresh WHERE NOT dirty) AS unchanged JOIN {table} ON id = found_id`
+FROM refresh WHERE NOT dirty`
+
+// newManySQL is what addManySQL does where no key is there; see guess_pg.go. The
+// others it locks in the same order, and does not return. $1 to $9 as for addManySQL, $10 the
+// table, NULL for all columns to come back: what nothing can have changed since it was
+// given does not, from a large batch.
+var newManySQL = `
+WITH look AS MATERIALIZED (SELECT ` + asGivenSQL + ` AS as_given)
+` + insertManySQL + ` SELECT type, booking_id, candidate_tg_id, given_recruiter, given_payload, given_correlation,
+	'pending', 0, pg_catalog.now(), given_not_before, given_not_after, coalesce(new_version, 1)
+FROM (SELECT ` + givenSQL + `) AS given
+` + onConflictManySQL + ` RETURNING 'created', false, ` + freshColumns()
+
+// What addManySQL and newManySQL have in common. given unnests in the select list, which
+// takes half the time of FROM: there each array's elements go through a store of their
+// own. The arrays come out of subqueries, so that the planner does not count their
+// elements: for many rows it may plan to read the whole table, and keep that plan.
+const (
+	givenSQL = `pg_catalog.unnest((SELECT $1::text[])) AS type, pg_catalog.unnest((SELECT $2::bigint[])) AS booking_id,
+						pg_catalog.unnest((SELECT $3::bigint[])) AS candidate_tg_id, pg_catalog.unnest((SELECT $4::bigint[])) AS given_recruiter,
+						pg_catalog.unnest((SELECT $5::json[])) AS given_payload, pg_catalog.unnest((SELECT $6::text[])) AS given_correlation,
+						pg_catalog.unnest((SELECT $7::timestamptz[])) AS given_not_before, pg_catalog.unnest((SELECT $8::timestamptz[])) AS given_not_after,
+						pg_catalog.unnest((SELECT $9::bigint[])) AS new_version`
+
+	insertManySQL = `INSERT INTO {table} (type, booking_id, candidate_tg_id, recruiter_tg_id, payload_json, correlation_id,
+		status, attempts, created_at, next_retry_at, not_after, version)`
+
+	onConflictManySQL = `ON CONFLICT (type, booking_id, candidate_tg_id) DO UPDATE SET type = EXCLUDED.type WHERE false`
+)
+
+// asGivenSQL tells whether a new row of the table is sure to hold what is inserted. It
+// is if nothing can change that: no trigger, no time of less precision, no default for
+// what is not given. A transaction with an older snapshot may not see a trigger that is
+// there.
+const asGivenSQL = `CASE WHEN $10::text IS NULL OR pg_catalog.current_setting('transaction_isolation') <> 'read committed' THEN false
+		ELSE EXISTS (
+			SELECT FROM pg_catalog.pg_class WHERE oid = pg_catalog.to_regclass($10::text) AND relkind = 'r' AND NOT relhastriggers
+		) AND NOT EXISTS (
+			SELECT FROM pg_catalog.pg_attribute
+			WHERE attrelid = pg_catalog.to_regclass($10::text) AND (attname IN ('next_retry_at', 'not_after') AND atttypmod >= 0
+				OR attname IN ('receipt', 'last_error', 'locked_at', 'sent_at') AND atthasdef)
+		) END`
+
+// minAsGiven is for how many keys it is worth to ask what asGivenSQL asks.
+const minAsGiven = 50
+
+// freshColumns is rowColumns with NULL for those that are as given. The key, but for the
+// type, says which row it is; the others were not given.
+func freshColumns() string {
+	columns := strings.Split(rowColumns, ",")
+	for i, c := range columns {
+		switch c = strings.TrimSpace(c); c {
+		case "id", "booking_id", "candidate_tg_id", "sent_version", "created_at":
+		default:
+			columns[i] = " CASE WHEN NOT (SELECT as_given FROM look) THEN " + c + " END"
+		}
+	}
+	return strings.Join(columns, ",")
+}
 
 // addMany runs at most one statement to compare the payloads of a key given
-// twice, then for each shape of key one that inserts or locks, then for each
-// shape one that refreshes what was there.
+// twice, then for each shape of key one that adds. Keys that it did not return need
+// one more: the guess that all are new was wrong, or rivals added them meanwhile.
 //
-// The order in which keys are locked is that of folded.compare. All keys are
-// inserted or locked in that one pass, before any is refreshed: with locking and
-// inserting in two passes, a batch in its second pass could wait for a row that
-// another batch holds from its first.
+// The order in which keys are locked is that of compareKeys. All of them are locked
+// by the first statement for their shape.
 func (s *PGStore) addMany(ctx context.Context, tx pgx.Tx, ins []input, results []AddResult) error {
-	same, err := samePayloads(ctx, tx, ins)
+	order := keyOrder(ins)
+	same, err := samePayloads(ctx, tx, ins, order)
 	if err != nil {
 		return err
 	}
-	keys := fold(ins, same)
-	slices.SortFunc(keys, (*folded).compare)
-	byKey := make(map[Key]*folded, len(keys))
-	for _, f := range keys {
-		byKey[f.key] = f
-	}
-
-	// collect reads rows into the results of their keys.
-	collect := func(rows pgx.Rows, err error) error {
-		if err != nil {
-			return err
-		}
-		defer rows.Close()
-		for rows.Next() {
-			res, err := scanAdd(rows)
-			if err != nil {
-				return err
-			}
-			f := byKey[res.Notification.Key()]
-			if f == nil {
-				return fmt.Errorf("PostgreSQL gave a row of a key that was not asked for, %s: a trigger may have changed it", res.Notification.Key())
-			}
-			f.done = true
-			for i, at := range f.at {
-				results[at] = res
-				if i > 0 && res.Outcome == OutcomeCreated {
-					results[at].Outcome = OutcomeRefreshed
+	keys := fold(ins, order, same)
+	sql := &s.sql.guessMany[s.recently.guess()]
+	for range 3 {
+		for shape, group := range byShape(keys) {
+			if len(group) > 0 {
+				if err := s.addGroup(ctx, tx, sql[shape], sql[shape] != s.sql.addMany[shape], group, results); err != nil {
+					return err
 				}
 			}
 		}
-		return rows.Err()
+		if keys = slices.DeleteFunc(keys, func(f folded) bool { return f.done }); len(keys) == 0 {
+			s.recently.sawMany(results)
+			return nil
+		}
+		sql = &s.sql.addMany
 	}
-	for shape, group := range byShape(keys) {
-		if len(group) > 0 {
-			c := newColumns(group)
-			if err := collect(tx.Query(ctx, s.sql.insert[shape], c.types, c.bookings, c.candidates, c.recruiters,
-				c.payloads, c.correlations, c.notBefores, c.notAfters, c.versions)); err != nil {
-				return err
+	return fmt.Errorf("%s: %w", keys[0].key, errNoRow)
+}
+
+// addGroup runs addManySQL or, with allNew, newManySQL for keys of one shape.
+func (s *PGStore) addGroup(ctx context.Context, tx pgx.Tx, sql string, allNew bool, keys []folded, results []AddResult) error {
+	args := []any{
+		types(keys), bookings(keys), candidates(keys),
+		newColumn(keys, func(f *folded) any { return int8OrNil(f.recruiter) }),
+		newColumn(keys, func(f *folded) any { return bytesOrNil(f.payload) }),
+		newColumn(keys, func(f *folded) any { return textOrNil(f.correlation) }),
+		newColumn(keys, func(f *folded) any { return timeOrNil(f.notBefore) }),
+		newColumn(keys, func(f *folded) any { return timeOrNil(f.notAfter) }),
+		newColumn(keys, func(f *folded) any { return f.ifAgain(f.version) }),
+	}
+	if allNew {
+		table := textOrNull(s.table)
+		if len(keys) < minAsGiven || keys[0].key.Type != keys[len(keys)-1].key.Type {
+			table = pgtype.Text{} // for the type is among what does not come back
+		}
+		args = append(args, table)
+	} else {
+		args = append(args,
+			newColumn(keys, func(f *folded) any { return int8OrNil(f.firstRecruiter) }),
+			newColumn(keys, func(f *folded) any { return bytesOrNil(f.firstPayload) }),
+			newColumn(keys, func(f *folded) any { return f.ifAgain(f.together) }),
+			newColumn(keys, func(f *folded) any { return f.ifAgain(f.changes) }))
+	}
+	rows, err := tx.Query(ctx, sql, args...)
+	if err != nil {
+		return err
+	}
+	defer rows.Close()
+	var scanner rowScanner
+	var outcome reusedText
+	var res AddResult
+	n := &res.Notification
+	next := 0 // rows of one outcome come in the order of the keys
+	for rows.Next() {
+		n.Payload = nil
+		asGiven := rows.RawValues()[typeColumn] == nil
+		if asGiven {
+			err = scanner.scanFresh(rows, n)
+			n.Type, outcome = keys[0].key.Type, reusedText(OutcomeCreated)
+		} else {
+			err = scanner.scan(rows, n, &outcome, &res.InFlight)
+		}
+		if err != nil {
+			return err
+		}
+		res.Outcome = Outcome(outcome)
+		key := n.Key()
+		if next >= len(keys) || keys[next].key != key {
+			var found bool
+			if next, found = slices.BinarySearchFunc(keys, key, func(f folded, k Key) int { return compareKeys(f.key, k) }); !found {
+				return fmt.Errorf("PostgreSQL gave a row of a key that was not asked for, %s: a trigger may have changed it", key)
+			}
+		}
+		f := &keys[next]
+		f.done = true
+		next++
+		if asGiven {
+			f.complete(n)
+		}
+		for i, at := range f.at {
+			results[at] = res
+			if i > 0 && res.Outcome == OutcomeCreated {
+				results[at].Outcome = OutcomeRefreshed
 			}
 		}
 	}
-	keys = slices.DeleteFunc(keys, func(f *folded) bool { return f.done })
-	for shape, group := range byShape(keys) {
-		if len(group) > 0 {
-			c := newColumns(group)
-			if err := collect(tx.Query(ctx, s.sql.refresh[shape], c.types, c.bookings, c.candidates, c.recruiters,
-				c.payloads, c.correlations, c.notBefores, c.notAfters,
-				c.firstRecruiters, c.firstPayloads, c.together, c.changes)); err != nil {
-				return err
+	return rows.Err()
+}
+
+// typeColumn is the place of the type among the columns of addManySQL.
+const typeColumn = 3
+
+// scanFresh reads what freshColumns leaves. Fresh rows are the only ones of their
+// statement.
+func (s *rowScanner) scanFresh(row pgx.Row, n *Notification) error {
+	if s.into == nil {
+		s.into = make([]any, 2) // outcome, in_flight
+		for _, c := range strings.Split(rowColumns, ",") {
+			var dst any // nil: left out
+			switch strings.TrimSpace(c) {
+			case "id":
+				dst = &n.ID
+			case "booking_id":
+				dst = &s.booking
+			case "candidate_tg_id":
+				dst = &s.candidate
+			case "sent_version":
+				dst = &n.SentVersion
+			case "created_at":
+				dst = &s.created
 			}
+			s.into = append(s.into, dst)
 		}
 	}
-	for _, f := range keys {
-		if !f.done {
-			return fmt.Errorf("%s: %w", f.key, errNoRow)
-		}
+	if err := row.Scan(s.into...); err != nil {
+		return err
 	}
+	n.BookingID, n.CandidateTgID, n.CreatedAt = s.booking.Int64, s.candidate.Int64, utc(s.created)
 	return nil
 }
 
+// complete puts what was given for a new row, and was left out of it, into n.
+func (f *folded) complete(n *Notification) {
+	n.RecruiterTgID, n.Payload, n.CorrelationID = f.recruiter, f.payload, f.correlation
+	n.Status, n.Attempts, n.Version = StatusPending, 0, max(f.version, 1)
+	n.NextRetryAt, n.NotAfter = f.notBefore.UTC(), f.notAfter.UTC()
+}
+
 // byShape cuts keys, sorted, into its runs of one shape.
-func byShape(keys []*folded) (groups [keyShapes][]*folded) {
-	for _, f := range keys {
-		groups[f.key.shape()] = append(groups[f.key.shape()], f)
+func byShape(keys []folded) (groups [keyShapes][]folded) {
+	for len(keys) > 0 {
+		shape := keys[0].key.shape()
+		end := slices.IndexFunc(keys, func(f folded) bool { return f.key.shape() != shape })
+		if end < 0 {
+			end = len(keys)
+		}
+		groups[shape], keys = keys[:end], keys[end:]
 	}
 	return groups
+}
+
+// compareKeys is the order in which every batch locks its keys.
+func compareKeys(k, l Key) int {
+	return cmp.Or(
+		cmp.Compare(k.shape(), l.shape()),
+		strings.Compare(k.Type, l.Type),
+		cmp.Compare(k.BookingID, l.BookingID),
+		cmp.Compare(k.CandidateTgID, l.CandidateTgID),
+	)
+}
+
+// keyOrder returns the indexes of ins in the order of their keys, those of one key as
+// they were given.
+func keyOrder(ins []input) []int {
+	order := make([]int, len(ins))
+	for i := range order {
+		order[i] = i
+	}
+	slices.SortStableFunc(order, func(i, j int) int { return compareKeys(ins[i].key, ins[j].key) })
+	return order
 }
 
 // samePayloadsSQL tells which pairs of payloads are equal as jsonb, by the
@@ -228,24 +381,27 @@ WITH ORDINALITY AS pair (a, b, n) WHERE a::jsonb = b::jsonb`
 
 // samePayloads tells of each input whether its payload is, as jsonb, the one
 // last given for its key. It asks PostgreSQL only about those that are not equal
-// to the byte, so for most batches it runs nothing.
-func samePayloads(ctx context.Context, tx pgx.Tx, ins []input) ([]bool, error) {
+// to the byte, so for most batches it runs nothing. order is ins sorted by key.
+func samePayloads(ctx context.Context, tx pgx.Tx, ins []input, order []int) ([]bool, error) {
 	same := make([]bool, len(ins))
-	last := make(map[Key]int, len(ins))
 	var as, bs []string
 	var at []int
-	for i, in := range ins {
-		if in.payload == nil {
+	last := -1 // the index of the key's last payload
+	for n, i := range order {
+		if n > 0 && ins[order[n-1]].key != ins[i].key {
+			last = -1
+		}
+		if ins[i].payload == nil {
 			continue
 		}
-		if before, ok := last[in.key]; ok {
-			if bytes.Equal(ins[before].payload, in.payload) {
+		if last >= 0 {
+			if bytes.Equal(ins[last].payload, ins[i].payload) {
 				same[i] = true
 			} else {
-				as, bs, at = append(as, string(ins[before].payload)), append(bs, string(in.payload)), append(at, i)
+				as, bs, at = append(as, string(ins[last].payload)), append(bs, string(ins[i].payload)), append(at, i)
 			}
 		}
-		last[in.key] = i
+		last = i
 	}
 	if len(at) == 0 {
 		return same, nil
@@ -264,9 +420,9 @@ func samePayloads(ctx context.Context, tx pgx.Tx, ins []input) ([]bool, error) {
 // folded is all that a batch says of one key, as if said in one call after the
 // other.
 type folded struct {
-	input       // what the last to give it gave; NotBefore is the last call's
-	at    []int // the indexes in the batch
-	done  bool
+	*input       // what the last to give it gave; NotBefore is the last call's
+	at     []int // the indexes in the batch
+	done   bool
 
 	// version is that of a new row: 1, and 1 more for each later call that
 	// changes the content.
@@ -277,45 +433,41 @@ type folded struct {
 	// batch, and so change it whatever is stored. firstRecruiter and
 	// firstPayload are the first given, to be compared with what is stored; zero
 	// where that call counts already. together: one call gave both, and counts
-	// once if either differs.
+	// once if either differs. All are zero for a key given once.
 	changes        int64
 	firstRecruiter int64
 	firstPayload   []byte
 	together       bool
 }
 
-// compare is the order in which every batch locks its keys.
-func (f *folded) compare(g *folded) int {
-	return cmp.Or(
-		cmp.Compare(f.key.shape(), g.key.shape()),
-		strings.Compare(f.key.Type, g.key.Type),
-		cmp.Compare(f.key.BookingID, g.key.BookingID),
-		cmp.Compare(f.key.CandidateTgID, g.key.CandidateTgID),
-	)
-}
-
-func fold(ins []input, same []bool) []*folded {
-	keys := make([]*folded, 0, len(ins))
-	byKey := make(map[Key]*folded, len(ins))
-	for i, in := range ins {
-		f := byKey[in.key]
-		if f == nil {
-			f = &folded{input: input{key: in.key}}
-			byKey[in.key] = f
-			keys = append(keys, f)
+// fold takes the calls for each key together. order is ins sorted by key.
+func fold(ins []input, order []int, same []bool) []folded {
+	keys := make([]folded, 0, len(ins))
+	for len(order) > 0 {
+		n := 1
+		for n < len(order) && ins[order[n]].key == ins[order[0]].key {
+			n++
 		}
-		f.add(i, in, same[i])
+		f := folded{input: &ins[order[0]], at: order[:n]}
+		if n > 1 {
+			f.input = &input{key: ins[order[0]].key}
+			for i, at := range f.at {
+				f.add(i, ins[at], same[at])
+			}
+		}
+		keys, order = append(keys, f), order[n:]
 	}
 	return keys
 }
 
-func (f *folded) add(at int, in input, samePayload bool) {
+// add folds the nth call of those for a key, counted from 0.
+func (f *folded) add(n int, in input, samePayload bool) {
 	firstRecruiter := in.recruiter != 0 && f.recruiter == 0
 	firstPayload := in.payload != nil && f.payload == nil
 	changes := in.recruiter != 0 && !firstRecruiter && in.recruiter != f.recruiter ||
 		in.payload != nil && !firstPayload && !samePayload
 
-	if len(f.at) == 0 {
+	if n == 0 {
 		f.version = 1
 	} else if changes || firstRecruiter || firstPayload {
 		f.version++
@@ -332,7 +484,6 @@ func (f *folded) add(at int, in input, samePayload bool) {
 		f.together = f.together || firstRecruiter && firstPayload
 	}
 
-	f.at = append(f.at, at)
 	if in.recruiter != 0 {
 		f.recruiter = in.recruiter
 	}
@@ -348,36 +499,105 @@ func (f *folded) add(at int, in input, samePayload bool) {
 	}
 }
 
-// columns are folded notifications turned into one array a column, for unnest.
-type columns struct {
-	types                            []string
-	bookings, candidates, recruiters []pgtype.Int8
-	payloads, correlations           []pgtype.Text
-	notBefores, notAfters            []pgtype.Timestamptz
-	versions, changes                []int64
-	firstRecruiters                  []pgtype.Int8
-	firstPayloads                    []pgtype.Text
-	together                         []bool
+// ifAgain returns v for a key given more than once, else NULL.
+func (f *folded) ifAgain(v any) any {
+	if len(f.at) == 1 {
+		return nil
+	}
+	return v
 }
 
-func newColumns(keys []*folded) *columns {
-	n := len(keys)
-	c := &columns{
-		types:    make([]string, n),
-		bookings: make([]pgtype.Int8, n), candidates: make([]pgtype.Int8, n), recruiters: make([]pgtype.Int8, n),
-		payloads: make([]pgtype.Text, n), correlations: make([]pgtype.Text, n),
-		notBefores: make([]pgtype.Timestamptz, n), notAfters: make([]pgtype.Timestamptz, n),
-		versions: make([]int64, n), changes: make([]int64, n),
-		firstRecruiters: make([]pgtype.Int8, n), firstPayloads: make([]pgtype.Text, n), together: make([]bool, n),
+// column is one value of each key as an array. pgx encodes it where it knows that
+// the parameter is one, without a copy of it as a slice. In the modes that do not ask
+// PostgreSQL for the types it is sent as an array literal.
+type column struct {
+	keys []folded
+	of   func(*folded) any // nil: NULL
+	elem any               // one that is not NULL
+}
+
+var (
+	_ pgtype.ArrayGetter = column{}
+	_ pgtype.TextValuer  = column{}
+)
+
+// newColumn returns nil where no key has a value.
+func newColumn(keys []folded, of func(*folded) any) any {
+	for i := range keys {
+		if elem := of(&keys[i]); elem != nil {
+			return column{keys, of, elem}
+		}
 	}
-	for i, f := range keys {
-		c.types[i] = f.key.Type
-		c.bookings[i], c.candidates[i] = int8OrNull(f.key.BookingID), int8OrNull(f.key.CandidateTgID)
-		c.recruiters[i], c.firstRecruiters[i] = int8OrNull(f.recruiter), int8OrNull(f.firstRecruiter)
-		c.payloads[i], c.firstPayloads[i] = textOrNull(string(f.payload)), textOrNull(string(f.firstPayload))
-		c.correlations[i] = textOrNull(f.correlation)
-		c.notBefores[i], c.notAfters[i] = timeOrNull(f.notBefore), timeOrNull(f.notAfter)
-		c.versions[i], c.changes[i], c.together[i] = f.version, f.changes, f.together
+	return nil
+}
+
+func types(keys []folded) any {
+	return newColumn(keys, func(f *folded) any { return f.key.Type })
+}
+
+func bookings(keys []folded) any {
+	return newColumn(keys, func(f *folded) any { return int8OrNil(f.key.BookingID) })
+}
+
+func candidates(keys []folded) any {
+	return newColumn(keys, func(f *folded) any { return int8OrNil(f.key.CandidateTgID) })
+}
+
+func (c column) Dimensions() []pgtype.ArrayDimension {
+	return []pgtype.ArrayDimension{{Length: int32(len(c.keys)), LowerBound: 1}}
+}
+
+func (c column) Index(i int) any { return c.of(&c.keys[i]) }
+func (c column) IndexType() any  { return c.elem }
+
+var quoteElement = strings.NewReplacer(`\`, `\\`, `"`, `\"`)
+
+func (c column) TextValue() (pgtype.Text, error) {
+	b := []byte{'{'}
+	for i := range c.keys {
+		if i > 0 {
+			b = append(b, ',')
+		}
+		switch v := c.of(&c.keys[i]).(type) {
+		case nil:
+			b = append(b, "NULL"...)
+		case time.Time:
+			b = v.UTC().AppendFormat(b, `"2006-01-02 15:04:05.999999Z07:00"`)
+		case []byte:
+			b = append(append(append(b, '"'), quoteElement.Replace(string(v))...), '"')
+		case string:
+			b = append(append(append(b, '"'), quoteElement.Replace(v)...), '"')
+		default:
+			b = fmt.Append(b, v)
+		}
 	}
-	return c
+	return pgtype.Text{String: string(append(b, '}')), Valid: true}, nil
+}
+
+func int8OrNil(v int64) any {
+	if v == 0 {
+		return nil
+	}
+	return v
+}
+
+func textOrNil(v string) any {
+	if v == "" {
+		return nil
+	}
+	return v
+}
+
+func bytesOrNil(v []byte) any {
+	if v == nil {
+		return nil
+	}
+	return v
+}
+
+func timeOrNil(v time.Time) any {
+	if v.IsZero() {
+		return nil
+	}
+	return v
 }

@@ -18,10 +18,15 @@ import (
 
 func TestAddNotifications(t *testing.T) {
 	t.Parallel()
+	testAddNotifications(t, 0)
+}
+
+func testAddNotifications(t *testing.T, guess int) {
+	newDB := guessing(guess)
 
 	t.Run("answers_in_the_order_given", func(t *testing.T) {
 		t.Parallel()
-		db := pgtest.NewDB(t)
+		db := newDB(t)
 		db.Add(t, outbox.NewNotification{Type: "m", BookingID: 500})
 		db.Add(t, outbox.NewNotification{Type: "m", BookingID: 501})
 		db.MustExec(t, "UPDATE outbox_notifications SET status = 'sent' WHERE booking_id = 501")
@@ -60,13 +65,13 @@ func TestAddNotifications(t *testing.T) {
 
 	t.Run("takes_an_empty_slice", func(t *testing.T) {
 		t.Parallel()
-		db := pgtest.NewDB(t)
+		db := newDB(t)
 		require.Empty(t, db.AddMany(t))
 	})
 
 	t.Run("is_rolled_back_as_a_whole", func(t *testing.T) {
 		t.Parallel()
-		db := pgtest.NewDB(t)
+		db := newDB(t)
 		tx := db.MustBegin(t)
 		_, err := db.Store.AddNotifications(t.Context(), tx, []outbox.NewNotification{{Type: "a"}, {Type: "b"}})
 		require.NoError(t, err)
@@ -77,7 +82,7 @@ func TestAddNotifications(t *testing.T) {
 	// A batch leaves what single calls in the same order leave, and says so.
 	t.Run("folds_a_key_given_twice_as_two_calls_would", func(t *testing.T) {
 		t.Parallel()
-		db, singly := pgtest.NewDB(t), pgtest.NewDB(t)
+		db, singly := newDB(t), newDB(t)
 		at := time.Date(2031, 1, 1, 0, 0, 0, 0, time.UTC)
 		payloads := []any{nil, nil, json.RawMessage(`{"a":1}`), json.RawMessage(`{ "a": 1.0 }`), json.RawMessage(`{"a":2}`), json.RawMessage(`[]`)}
 		recruiters := []int64{0, 0, 1, 2}
@@ -131,7 +136,7 @@ func TestAddNotifications(t *testing.T) {
 
 	t.Run("opposite_orders_do_not_deadlock", func(t *testing.T) {
 		t.Parallel()
-		db := pgtest.NewDB(t)
+		db := newDB(t)
 		var ns []outbox.NewNotification
 		for i := range 60 {
 			ns = append(ns, outbox.NewNotification{Type: "a", BookingID: int64(i)}, outbox.NewNotification{Type: "b", CandidateTgID: int64(i)},
@@ -176,7 +181,7 @@ func TestAddNotifications(t *testing.T) {
 		// The rival's row is not in the batch's snapshot. Once the batch has passed it,
 		// it holds it: the rival's successor waits for the batch.
 		t.Parallel()
-		db := pgtest.NewDB(t)
+		db := newDB(t)
 		batch := []outbox.NewNotification{{Type: "a"}, {Type: "b"}, {Type: "c"}}
 		rivalOnA, rivalOnC, mine := db.MustBegin(t), db.MustBegin(t), db.MustBegin(t)
 		for tx, n := range map[pgx.Tx]outbox.NewNotification{rivalOnA: batch[0], rivalOnC: batch[2]} {
@@ -202,9 +207,151 @@ func TestAddNotifications(t *testing.T) {
 			[]outbox.Outcome{res[0].Outcome, res[1].Outcome, res[2].Outcome})
 	})
 
+	// Fails when refresh is read as a whole before created inserts (UNION ALL begins with
+	// FROM refreshed), and when the insert does nothing on a conflict.
+	t.Run("locks_a_row_or_inserts_it_before_it_looks_at_the_next", func(t *testing.T) {
+		t.Parallel()
+		db := newDB(t)
+		batch := []outbox.NewNotification{{Type: "k", BookingID: 1}, {Type: "k", BookingID: 2}, {Type: "k", BookingID: 3}, {Type: "k", BookingID: 4}}
+		db.AddMany(t, batch[0], batch[2])
+		rivalOn1, rivalOn3, mine := db.MustBegin(t), db.MustBegin(t), db.MustBegin(t)
+		for tx, n := range map[pgx.Tx]outbox.NewNotification{rivalOn1: batch[0], rivalOn3: batch[2]} {
+			_, err := db.Store.AddNotification(t.Context(), tx, n)
+			require.NoError(t, err)
+		}
+		taken := func(n outbox.NewNotification) bool {
+			tx := db.MustBegin(t)
+			_, err := tx.Exec(t.Context(), "SET LOCAL lock_timeout = '10ms'")
+			require.NoError(t, err)
+			_, err = db.Store.AddNotification(t.Context(), tx, n)
+			require.NoError(t, tx.Rollback(t.Context()))
+			if err != nil {
+				require.Equal(t, "55P03", sqlState(t, err))
+			}
+			return err != nil
+		}
+		ctx := t.Context()
+		c := pgtest.Later(func() ([]outbox.AddResult, error) { return db.Store.AddNotifications(ctx, mine, batch) })
+		waitsFor(t, db, mine, rivalOn1)
+		require.False(t, taken(batch[1]), "inserted before the one before it was locked")
+		require.NoError(t, rivalOn1.Commit(t.Context()))
+		waitsFor(t, db, mine, rivalOn3)
+		require.True(t, taken(batch[0]))
+		require.True(t, taken(batch[1]), "not inserted before the next one was looked at")
+		require.False(t, taken(batch[3]))
+		require.NoError(t, rivalOn3.Commit(t.Context()))
+		res, err := pgtest.Await(t, c)
+		require.NoError(t, err)
+		for i, want := range []outbox.Outcome{outbox.OutcomeRefreshed, outbox.OutcomeCreated, outbox.OutcomeRefreshed, outbox.OutcomeCreated} {
+			require.Equal(t, want, res[i].Outcome, i)
+		}
+	})
+
+	// Fails when the look at the range leaves out either end, when it is used for keys of
+	// several types, and when created inserts found keys as well.
+	t.Run("finds_a_key_anywhere_in_a_batch", func(t *testing.T) {
+		t.Parallel()
+		db := newDB(t)
+		number := int64(0)
+		for name, key := range map[string]func(n *outbox.NewNotification, i int64){
+			"both":      func(n *outbox.NewNotification, i int64) { n.BookingID, n.CandidateTgID = 7, i },
+			"bookings":  func(n *outbox.NewNotification, i int64) { n.BookingID, n.CandidateTgID = i, -i },
+			"booking":   func(n *outbox.NewNotification, i int64) { n.BookingID = i },
+			"candidate": func(n *outbox.NewNotification, i int64) { n.CandidateTgID = i },
+			"types":     func(n *outbox.NewNotification, i int64) { n.Type += itoa(int(i)) },
+			"several":   func(n *outbox.NewNotification, i int64) { n.Type, n.BookingID = n.Type+itoa(int(i%2)), 1000-i },
+		} {
+			for _, there := range [][]int{{0}, {4}, {9}, {0, 9}, {}, {3, 4, 5}, {0, 1, 2, 3, 4, 5, 6, 7, 8, 9}} {
+				number += 100
+				ns := make([]outbox.NewNotification, 10)
+				for i := range ns {
+					ns[i] = outbox.NewNotification{Type: name, Payload: number, RecruiterTgID: 5}
+					key(&ns[i], number+int64(i))
+				}
+				for _, i := range there {
+					db.Add(t, ns[i])
+				}
+				last := pgtest.One[int64](t, db, "SELECT last_value FROM outbox_notifications_id_seq")
+				for i, res := range db.AddMany(t, ns...) {
+					want := outbox.OutcomeCreated
+					if slices.Contains(there, i) {
+						want = outbox.OutcomeRefreshed
+					}
+					require.Equal(t, want, res.Outcome, "%s: %d of %v", name, i, there)
+					require.Equal(t, db.Get(t, ns[i].Key()), res.Notification)
+				}
+				drawn := pgtest.One[int64](t, db, "SELECT last_value FROM outbox_notifications_id_seq") - last
+				if guess == 0 { // a wrong one draws ids
+					require.LessOrEqual(t, drawn, int64(len(ns)-len(there)), "%s: %v", name, there)
+				}
+			}
+		}
+	})
+
+	// Fails when asGivenSQL does not mind triggers, precisions, defaults or the isolation
+	// level, and when freshColumns leaves out sent_version.
+	t.Run("returns_the_row_as_it_is_and_not_as_it_was_given", func(t *testing.T) {
+		t.Parallel()
+		at := time.Date(2031, 1, 1, 0, 0, 0, 654321000, time.UTC)
+		for name, alter := range map[string]string{
+			"plain": "SELECT",
+			"trigger": `CREATE FUNCTION meddle() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN NEW.recruiter_tg_id = 6; NEW.payload_json = '[]';
+				NEW.correlation_id = 'c'; NEW.attempts = 3; NEW.not_after = NULL; NEW.version = 9; RETURN NEW; END $$;
+				CREATE TRIGGER meddle BEFORE INSERT ON outbox_notifications FOR EACH ROW EXECUTE FUNCTION meddle()`,
+			"precision": "ALTER TABLE outbox_notifications ALTER next_retry_at TYPE timestamptz(3), ALTER not_after TYPE timestamptz(0), ALTER created_at TYPE timestamptz(0)",
+			"not after": "ALTER TABLE outbox_notifications ALTER not_after TYPE timestamptz(0)",
+			"default":   "ALTER TABLE outbox_notifications ALTER sent_version SET DEFAULT 4, ALTER last_error SET DEFAULT 'none'",
+		} {
+			for _, level := range []pgx.TxIsoLevel{pgx.ReadCommitted, pgx.RepeatableRead} {
+				db := newDB(t)
+				for pass := range 2 {
+					if pass == 0 && name != "trigger" {
+						continue // pgx's prepared statements do not survive such a change
+					}
+					tx := pgtest.Begin(t, db.Pool, pgx.TxOptions{IsoLevel: level})
+					pgtest.One[int](t, tx, "SELECT count(*) FROM outbox_migrations") // takes the snapshot
+					if pass == 1 {
+						db.MustExec(t, alter)
+					}
+					ns := make([]outbox.NewNotification, 61) // enough for given columns to be left out, and one twice
+					for i := range ns {
+						ns[i] = outbox.NewNotification{Type: "given", BookingID: int64(100*pass + i%60 + 1), RecruiterTgID: 5, Payload: "p", CorrelationID: "x",
+							NotBefore: at, NotAfter: at.Add(time.Hour)}
+					}
+					res, err := db.Store.AddNotifications(t.Context(), tx, ns)
+					require.NoError(t, err)
+					require.NoError(t, tx.Commit(t.Context()))
+					require.Equal(t, outbox.OutcomeRefreshed, res[60].Outcome)
+					for i, n := range ns[:60] {
+						require.Equal(t, outbox.AddResult{Notification: db.Get(t, n.Key()), Outcome: outbox.OutcomeCreated}, res[i], "%s, %s", name, level)
+					}
+				}
+			}
+		}
+	})
+
+	// Fails when encodePayload does not copy raw JSON.
+	t.Run("keeps_nothing_of_the_callers_memory", func(t *testing.T) {
+		t.Parallel()
+		db := newDB(t)
+		raw := json.RawMessage(`{"a":1}`)
+		ns := make([]outbox.NewNotification, 60)
+		for i := range ns {
+			ns[i] = outbox.NewNotification{Type: "raw", BookingID: int64(i + 1), Payload: raw}
+			if i%2 == 0 {
+				ns[i].Payload = &raw
+			}
+		}
+		res := db.AddMany(t, ns...)
+		copy(raw, `{"b":2}`)
+		for _, r := range res {
+			require.Equal(t, `{"a":1}`, string(r.Notification.Payload))
+		}
+	})
+
 	t.Run("refuses_more_payload_than_a_message_can_hold", func(t *testing.T) {
 		t.Parallel()
-		db := pgtest.NewDB(t)
+		db := newDB(t)
 		payload := json.RawMessage(`"` + string(slices.Repeat([]byte("a"), 1<<20-2)) + `"`)
 		ns := make([]outbox.NewNotification, 65)
 		for i := range ns {

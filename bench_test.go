@@ -104,6 +104,107 @@ func BenchmarkAdd(b *testing.B) {
 	}
 }
 
+// BenchmarkAddMany compares transactions that insert a business row and add 1,000
+// notifications in one batch with such that insert 1,000 new rows by one bare
+// statement in its place, turn by turn. It reports the median of the turns' ratios; 1
+// is as fast as the bare insert of new rows, also where the batch repeats keys that are
+// there. Marshalling the payloads, of some 200 bytes, is part of both.
+func BenchmarkAddMany(b *testing.B) {
+	const (
+		rows, size = 100_000, 1000
+		bareInsert = `INSERT INTO outbox_notifications (type, booking_id, candidate_tg_id, recruiter_tg_id, payload_json, correlation_id)
+			SELECT * FROM unnest($1::text[], $2::bigint[], $3::bigint[], $4::bigint[], $5::json[], $6::text[])
+			ON CONFLICT (type, booking_id, candidate_tg_id) DO NOTHING RETURNING id`
+	)
+	type moved struct {
+		Text    string    `json:"text"`
+		Slot    time.Time `json:"slot"`
+		Contact string    `json:"contact"`
+		Vacancy string    `json:"vacancy"`
+		Link    string    `json:"link"`
+		Number  int       `json:"number"`
+	}
+	number := 0
+	batch := func(first int) []outbox.NewNotification {
+		number++
+		ns := make([]outbox.NewNotification, size)
+		for i := range ns {
+			ns[i] = outbox.NewNotification{
+				Type: "moved", BookingID: int64(first + i), CandidateTgID: int64(first + i), RecruiterTgID: 77, CorrelationID: "req-1",
+				Payload: moved{"Your interview has been moved to another time", time.Date(2031, 5, 6, 10, i%60, 0, 0, time.UTC),
+					"Anna Petrova", "Backend developer (Go)", "https://jobs.example/b/10042", number},
+			}
+		}
+		return ns
+	}
+	bare := func(ctx context.Context, tx pgx.Tx, ns []outbox.NewNotification) error {
+		types, payloads, correlations := make([]string, size), make([]string, size), make([]string, size)
+		bookings, candidates, recruiters := make([]int64, size), make([]int64, size), make([]int64, size)
+		for i, n := range ns {
+			payload, err := json.Marshal(n.Payload)
+			if err != nil {
+				return err
+			}
+			types[i], payloads[i], correlations[i] = n.Type, string(payload), n.CorrelationID
+			bookings[i], candidates[i], recruiters[i] = n.BookingID, n.CandidateTgID, n.RecruiterTgID
+		}
+		added, err := tx.Query(ctx, bareInsert, types, bookings, candidates, recruiters, payloads, correlations)
+		if err != nil {
+			return err
+		}
+		_, err = pgx.CollectRows(added, pgx.RowTo[int64])
+		return err
+	}
+	for _, c := range []struct {
+		name string
+		keys func(turn int) (first int)
+	}{
+		{"new_vs_insert", func(turn int) int { return 10_000_000 + (2*turn+1)*size }},
+		{"pending_vs_insert", func(turn int) int { return 1 + turn*size%rows }},
+	} {
+		b.Run(c.name, func(b *testing.B) {
+			db := pgtest.NewDB(b)
+			db.MustExec(b, "CREATE TABLE business (id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, note text)")
+			for first := 1; first <= rows; first += size {
+				db.AddMany(b, batch(first)...)
+			}
+			db.MustExec(b, "VACUUM ANALYZE")
+			turn := 0
+			run := func(first int, add func(context.Context, pgx.Tx, []outbox.NewNotification) error) float64 {
+				ns := batch(first)
+				start := time.Now()
+				require.NoError(b, pgx.BeginFunc(b.Context(), db.Pool, func(tx pgx.Tx) error {
+					if _, err := tx.Exec(b.Context(), "INSERT INTO business (note) VALUES ($1)", "x"); err != nil {
+						return err
+					}
+					return add(b.Context(), tx, ns)
+				}))
+				return time.Since(start).Seconds()
+			}
+			add := func(ctx context.Context, tx pgx.Tx, ns []outbox.NewNotification) error {
+				_, err := db.Store.AddNotifications(ctx, tx, ns)
+				return err
+			}
+			both := func() (floor, added float64) {
+				turn++ // new keys of both are the last of the index at their time
+				return run(10_000_000+2*turn*size, bare), run(c.keys(turn), add)
+			}
+			for range 6 {
+				both() // all is prepared, with the plans that stay
+			}
+			var floors, adds, ratios []float64
+			for b.Loop() {
+				f, a := both()
+				floors, adds, ratios = append(floors, f*1e6), append(adds, a*1e6), append(ratios, f/a)
+			}
+			b.ReportMetric(median(floors), "bare_us")
+			b.ReportMetric(median(adds), "add_us")
+			b.ReportMetric(median(ratios), "ratio")
+			b.ReportMetric(0, "ns/op") // it is that of both together
+		})
+	}
+}
+
 func median(v []float64) float64 {
 	v = slices.Sorted(slices.Values(v))
 	return v[len(v)/2]

@@ -9,8 +9,7 @@ func CheckPayload(b []byte) error {
 }
 
 // MaybeNotJSONBSQL is the guard in front of the cast of a stored payload_json.
-const MaybeNotJSONBSQL = `(payload_json::text ~ ` + maybeNotJSONBRegex + ` OR
-	payload_json::text ~ ` + surrogateRegex + ` AND payload_json::text ~ ` + loneSurrogateRegex + `)`
+const MaybeNotJSONBSQL = maybeNotJSONBSQL
 
 // Guesses are what a store may expect of the next add.
 const Guesses = founds
@@ -19,17 +18,16 @@ const Guesses = founds
 // guess 0 is none.
 func (s *PGStore) AlwaysGuess(guess int) {
 	for i := range s.sql.guess {
-		s.sql.guess[i] = s.sql.guess[guess]
+		s.sql.guess[i], s.sql.guessMany[i] = s.sql.guess[guess], s.sql.guessMany[guess]
 	}
 }
 
 // GuessSQL is the statement that a guess has adds of the key begin with.
 func (s *PGStore) GuessSQL(guess int, k Key) string { return s.sql.guess[guess][k.shape()] }
 
-// AddSQL and InsertManySQL are the statements for a key with the parts that k has.
-func (s *PGStore) AddSQL(k Key) string         { return s.sql.add[k.shape()] }
-func (s *PGStore) InsertManySQL(k Key) string  { return s.sql.insert[k.shape()] }
-func (s *PGStore) RefreshManySQL(k Key) string { return s.sql.refresh[k.shape()] }
+// AddSQL and AddManySQL are the statements for a key with the parts that k has.
+func (s *PGStore) AddSQL(k Key) string     { return s.sql.add[k.shape()] }
+func (s *PGStore) AddManySQL(k Key) string { return s.sql.addMany[k.shape()] }
 
 // ClaimSQL, ExtendSQL and SettleSQL are the statements of delivery.
 func (s *PGStore) ClaimSQL() string  { return s.sql.claim }

@@ -108,11 +108,26 @@ func (r *recently) guess() found {
 	return foundOther
 }
 
-func (r *recently) saw(f found) {
+// sawMany counts a batch.
+func (r *recently) sawMany(results []AddResult) {
+	if len(results) == 0 {
+		return
+	}
+	for _, res := range results {
+		if res.Outcome != OutcomeCreated {
+			r.saw(foundOther, 1)
+			return
+		}
+	}
+	r.saw(foundNone, uint32(min(len(results), guessAfter)))
+}
+
+// saw counts n adds that found f.
+func (r *recently) saw(f found, n uint32) {
 	switch run := r.run.Load(); {
 	case found(run%founds) != f:
-		r.run.Store(uint32(f) + founds)
+		r.run.Store(uint32(f) + founds*n)
 	case run/founds < guessAfter:
-		r.run.Store(run + founds)
+		r.run.Store(run + founds*n)
 	}
 }

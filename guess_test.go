@@ -65,6 +65,11 @@ func TestGuess(t *testing.T) {
 		})
 	}
 
+	t.Run("add many/created", func(t *testing.T) {
+		t.Parallel()
+		testAddNotifications(t, 1)
+	})
+
 	t.Run("costs_a_second_round_trip_in_seventeen_at_most", func(t *testing.T) {
 		t.Parallel()
 		db := pgtest.NewDB(t)

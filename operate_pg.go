@@ -237,7 +237,7 @@ const requeuedSQL = `
 // requeueSQL requeues the rows of keys. $1 types, $2 booking_ids, $3 candidate_tg_ids.
 //
 // The rows are locked one after the other in the order of the arrays, as in
-// insertManySQL. Under READ COMMITTED a lock that had to wait looks again at what
+// addManySQL. Under READ COMMITTED a lock that had to wait looks again at what
 // the other left, and a row that is no longer settled is dropped. The update finds
 // the rows by id and not by ctid, as what the other left has a new one.
 const requeueSQL = `
@@ -283,8 +283,7 @@ func (s *PGStore) Requeue(ctx context.Context, keys ...Key) (int, error) {
 	if len(ins) == 0 {
 		return 0, nil
 	}
-	rows := fold(ins, make([]bool, len(ins)))
-	slices.SortFunc(rows, (*folded).compare)
+	rows := fold(ins, keyOrder(ins), make([]bool, len(ins)))
 	n := 0
 	err := runInTx(ctx, s.pool, pgx.TxOptions{IsoLevel: pgx.ReadCommitted}, func(tx pgx.Tx) error {
 		n = 0
@@ -292,8 +291,7 @@ func (s *PGStore) Requeue(ctx context.Context, keys ...Key) (int, error) {
 			if len(group) == 0 {
 				continue
 			}
-			c := newColumns(group)
-			tag, err := tx.Exec(ctx, s.sql.requeue[shape], c.types, c.bookings, c.candidates)
+			tag, err := tx.Exec(ctx, s.sql.requeue[shape], types(group), bookings(group), candidates(group))
 			if err != nil {
 				return err
 			}

@@ -35,12 +35,12 @@ func encodePayload(p any, maxBytes int) ([]byte, *InvalidError) {
 	case nil:
 		return nil, nil
 	case json.RawMessage:
-		b = v
+		b = bytes.Clone(v) // it is given back as the result of a batch
 	case *json.RawMessage:
 		if v == nil {
 			return nil, nil
 		}
-		b = *v
+		b = bytes.Clone(*v)
 	default:
 		raw = false
 		var err error

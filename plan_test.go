@@ -26,7 +26,7 @@ type planNode struct {
 // scans returns the nodes that read the table.
 func (n planNode) scans() []planNode {
 	var found []planNode
-	if strings.Contains(n.Type, "Scan") && (n.Relation == "outbox_notifications" || n.Index != "") {
+	if strings.Contains(n.Type, "Scan") && (n.Relation == "outbox_notifications" || n.Index != "") && !strings.HasPrefix(n.Relation, "pg_") {
 		found = append(found, n)
 	}
 	for _, sub := range n.Plans {
@@ -65,6 +65,12 @@ func TestPlan(t *testing.T) {
 			case "outbox_notifications_pkey":
 				require.Contains(t, s.IndexCond, "id = ")
 			case "outbox_notifications_key":
+				if strings.Contains(s.IndexCond, ">=") { // the look from the first key of a batch to the last
+					require.Contains(t, s.IndexCond, "type = ")
+					require.Contains(t, s.IndexCond, "<=")
+					require.Empty(t, s.Filter)
+					continue
+				}
 				byKey++
 				for column, absent := range map[string]bool{"type": false, "booking_id": key.BookingID == 0, "candidate_tg_id": key.CandidateTgID == 0} {
 					want := column
@@ -108,17 +114,12 @@ func TestPlan(t *testing.T) {
 				}
 
 				array := func(v string) string { return "array_fill(" + v + ", ARRAY[1000])" }
-				_, err = tx.Exec(t.Context(), "PREPARE insert_many AS "+db.Store.InsertManySQL(key))
+				_, err = tx.Exec(t.Context(), "PREPARE add_many AS "+db.Store.AddManySQL(key))
 				require.NoError(t, err)
 				columns := strings.Join([]string{array("'" + key.Type + "'::text"), array(booking + "::bigint"), array(candidate + "::bigint"),
-					array("NULL::bigint"), array("'1'::text"), array("NULL::text"), array("NULL::timestamptz"), array("NULL::timestamptz")}, ", ")
-				requireIndexes(t, explain(t, tx, "EXECUTE insert_many ("+columns+", "+array("1::bigint")+")"), key)
-
-				_, err = tx.Exec(t.Context(), "PREPARE refresh_many AS "+db.Store.RefreshManySQL(key))
-				require.NoError(t, err)
-				requireIndexes(t, explain(t, tx, "EXECUTE refresh_many ("+columns+", "+strings.Join([]string{array("NULL::bigint"),
-					array("'1'::text"), array("true"), array("0::bigint")}, ", ")+")"), key)
-				_, err = tx.Exec(t.Context(), "DEALLOCATE add; DEALLOCATE insert_many; DEALLOCATE refresh_many") // they outlive the transaction
+					array("NULL::bigint"), array("'1'::json"), array("NULL::text"), array("NULL::timestamptz"), array("NULL::timestamptz")}, ", ")
+				requireIndexes(t, explain(t, tx, "EXECUTE add_many ("+columns+", NULL, NULL, NULL, NULL, NULL)"), key)
+				_, err = tx.Exec(t.Context(), "DEALLOCATE add; DEALLOCATE add_many") // they outlive the transaction
 				require.NoError(t, err)
 				require.NoError(t, tx.Rollback(t.Context()))
 			})

@@ -116,12 +116,12 @@ func NewPGStore(pool *pgxpool.Pool, cfg Config) (*PGStore, error) {
 // statements are the texts of all statements with the table's name put in.
 // Those that look a key up come once for each shape of a key.
 type statements struct {
-	add     [keyShapes]string
-	guess   [founds][keyShapes]string // see guess_pg.go
-	insert  [keyShapes]string
-	refresh [keyShapes]string
-	get     [keyShapes]string
-	requeue [keyShapes]string
+	add       [keyShapes]string
+	guess     [founds][keyShapes]string // see guess_pg.go
+	addMany   [keyShapes]string
+	guessMany [founds][keyShapes]string
+	get       [keyShapes]string
+	requeue   [keyShapes]string
 
 	claim, extend, settle string
 }
@@ -166,11 +166,14 @@ func prepare(table string) statements {
 		st.guess[foundNone][shape] = fill.Replace(insertSQL)
 		st.guess[foundPending][shape] = st.add[shape]
 		st.guess[foundSettled][shape] = fill.Replace(lookupSQL)
-		st.insert[shape] = fill.Replace(insertManySQL)
-		st.refresh[shape] = fill.Replace(refreshManySQL)
 		if shape == 0 { // of keys with absent parts the planner expects many rows
 			st.guess[foundPending][shape] = fill.Replace(updateSQL)
 		}
+		st.addMany[shape] = fill.Replace(addManySQL)
+		for f := range st.guessMany {
+			st.guessMany[f][shape] = st.addMany[shape]
+		}
+		st.guessMany[foundNone][shape] = fill.Replace(newManySQL)
 		st.get[shape] = fill.Replace(getSQL)
 		st.requeue[shape] = fill.Replace(requeueSQL)
 	}
@@ -285,30 +288,28 @@ const (
 // NULL for not given, as jsonb. The column is json, and another service may have
 // stored what jsonb refuses (\u0000, lone surrogates, numbers out of range, sheer
 // size): casting that would abort the caller's transaction. So a stored payload
-// that may hold such a thing counts as changed when its text differs. The first
-// expression is cheap and lets nearly every payload through to the comparison; only
-// surrogates need the second, whose cost is some 2 ms a KiB.
+// that may hold such a thing counts as changed when its text differs.
 const payloadChangedSQL = `CASE
 				WHEN first_payload IS NULL OR payload_json::text = first_payload THEN false
 				WHEN payload_json IS NULL OR pg_catalog.octet_length(payload_json::text) > 32 * 1024 * 1024 THEN true
-				WHEN payload_json::text ~ ` + maybeNotJSONBRegex + ` THEN true
-				WHEN payload_json::text ~ ` + surrogateRegex + ` AND payload_json::text ~ ` + loneSurrogateRegex + ` THEN true
+				WHEN ` + maybeNotJSONBSQL + ` THEN true
 				ELSE payload_json::jsonb <> first_payload::jsonb
 				END`
 
-// Together these match every json that jsonb refuses, and little else (FuzzPayload).
-// Both types refuse the same depths. Escape strings do not mind
-// standard_conforming_strings.
-const (
-	// NUL; long numbers, and exponents of four digits or more.
-	maybeNotJSONBRegex = `E'\\\\u0000|[0-9]{250}|(^|[\\s:,[])-?[0-9]+(\\.[0-9]+)?[eE][+-]?[0-9]{4}'`
-
-	surrogateRegex = `E'\\\\u[dD][89a-fA-F]'`
-
-	// A backslash before what looks like a surrogate; a high one without a low one;
-	// a low one without a high one.
-	loneSurrogateRegex = `E'\\\\\\\\u[dD]|\\\\u[dD][89abAB]..(?!\\\\u[dD][c-fC-F])|(?<!\\\\u[dD][89abAB]..)\\\\u[dD][c-fC-F]'`
-)
+// maybeNotJSONBSQL is true of every json that jsonb refuses, and of little else
+// (FuzzPayload). Both types refuse the same depths. The first expression of each part
+// is cheap and lets nearly every payload through; of the others one costs some 2 ms a
+// KiB. Escape strings do not mind standard_conforming_strings.
+//
+// The first part is of escapes and of exponents of four digits or more: NUL; a
+// backslash before what looks like a surrogate; a high one without a low one; a low
+// one without a high one. The second is of long numbers.
+const maybeNotJSONBSQL = `(
+				payload_json::text ~ E'\\\\u(0000|[dD][89a-fA-F])|[0-9][eE][+-]?[0-9]{4}' AND (
+					payload_json::text ~ E'\\\\u0000|(^|[\\s:,[])-?[0-9]+(\\.[0-9]+)?[eE][+-]?[0-9]{4}'
+					OR payload_json::text ~ E'\\\\u[dD][89a-fA-F]'
+					AND payload_json::text ~ E'\\\\\\\\u[dD]|\\\\u[dD][89abAB]..(?!\\\\u[dD][c-fC-F])|(?<!\\\\u[dD][89abAB]..)\\\\u[dD][c-fC-F]')
+				OR pg_catalog.octet_length(payload_json::text) >= 250 AND payload_json::text ~ '[0-9]{20}' AND payload_json::text ~ '[0-9]{250}')`
 
 // maxLookups bounds how often an add looks again. Each further look takes a
 // rival that created the row and another that deleted it, both within one
@@ -343,13 +344,13 @@ func (s *PGStore) AddNotification(ctx context.Context, tx pgx.Tx, n NewNotificat
 		case errors.Is(err, pgx.ErrNoRows):
 			if sql != add { // the guess was wrong
 				sql = add
-				s.recently.saw(foundOther)
+				s.recently.saw(foundOther, 1)
 			}
 			continue // else a rival created the row after our snapshot was taken
 		case err != nil:
 			return AddResult{}, s.explain("add notification "+in.key.String(), err)
 		}
-		s.recently.saw(res.Outcome.found())
+		s.recently.saw(res.Outcome.found(), 1)
 		if res.Outcome == outcomeUnchanged {
 			res.Outcome = OutcomeRefreshed
 		}
@@ -435,7 +436,7 @@ func scanRow(row pgx.Row, n *Notification, before ...any) error {
 // column of each.
 type rowScanner struct {
 	booking, candidate, recruiter            pgtype.Int8
-	typ, status, correlation                 pgtype.Text
+	typ, status, correlation                 reusedText
 	receipt, lastError                       pgtype.Text
 	attempts                                 pgtype.Int4
 	created, locked, retry, notAfter, sentAt pgtype.Timestamptz
@@ -449,12 +450,24 @@ func (s *rowScanner) scan(row pgx.Row, n *Notification, before ...any) error {
 	if err := row.Scan(s.into...); err != nil {
 		return err
 	}
-	n.Type, n.Status = s.typ.String, Status(s.status.String)
+	n.Type, n.Status = string(s.typ), Status(s.status)
 	n.BookingID, n.CandidateTgID, n.RecruiterTgID = s.booking.Int64, s.candidate.Int64, s.recruiter.Int64
-	n.CorrelationID, n.Receipt, n.LastError = s.correlation.String, s.receipt.String, s.lastError.String
+	n.CorrelationID, n.Receipt, n.LastError = string(s.correlation), s.receipt.String, s.lastError.String
 	n.Attempts = int(s.attempts.Int32)
 	n.CreatedAt, n.LockedAt, n.NextRetryAt = utc(s.created), utc(s.locked), utc(s.retry)
 	n.NotAfter, n.SentAt = utc(s.notAfter), utc(s.sentAt)
+	return nil
+}
+
+// reusedText is a column that is often the same from row to row, "" for NULL. It
+// keeps the string while it is.
+type reusedText string
+
+// ScanBytes implements [pgtype.BytesScanner].
+func (t *reusedText) ScanBytes(b []byte) error {
+	if string(*t) != string(b) {
+		*t = reusedText(b)
+	}
 	return nil
 }
 

@@ -169,7 +169,13 @@ func TestRoundTrips(t *testing.T) {
 			require.EqualValues(t, 1, roundTrips)
 		}
 		_, statements = measure(batch(10_000, size))
-		require.Equal(t, 2, statements, "%d repeated", size)
+		want := 1
+		if size > 16 { // the guess was that they are new, like the last ones
+			want = 2
+		}
+		require.Equal(t, want, statements, "%d repeated", size)
+		_, statements = measure(batch(10_000, size))
+		require.Equal(t, 1, statements, "%d repeated again", size)
 		db.MustExec(t, "DELETE FROM outbox_notifications")
 	}
 	_, statements := measure(func(tx pgx.Tx) {
