@@ -61,6 +61,18 @@ type ClaimOptions struct {
 	// counted as another attempt. They have no precedence over others.
 	Token Token
 
+	// InTurn claims nothing while another claim is under way, by this process or another,
+	// and says so by [ClaimResult].Busy. In a backlog claims side by side get in each
+	// other's way: they lock rows that another has claimed a moment ago. Whoever is
+	// claiming may be stuck: after some tries claim out of turn.
+	InTurn bool
+
+	// Since leaves rows that fell due before it, by the database's clock; zero: none. It is
+	// for when a transaction is held open somewhere in the cluster: the entries of
+	// delivered rows then stay in the index, and a claim walks through all of them from Since
+	// on. Rows may fall due in the past, so claim without it now and then.
+	Since time.Time
+
 	Types       []string // nil: all; others are read past, so a backlog of them slows the claim
 	Except      []int64  // ids of rows leased before and not to be claimed again, as the caller may yet settle them
 	MaxAttempts int      // rows with so many attempts are failed; 0: unlimited
@@ -95,6 +107,8 @@ const (
 type ClaimResult struct {
 	Claimed []Claimed      // oldest due first
 	Failed  []Notification // given up on by the claim: expired, out of attempts, outcome unknown
+	Last    time.Time      // when the last of all these fell due, by the database's clock; zero: always
+	Busy    bool           // nothing was claimed, as it was another's turn; see [ClaimOptions].InTurn
 }
 
 // Claimed is a row leased to the caller of [PGStore.Claim].
@@ -115,7 +129,12 @@ type Claimed struct {
 // $1 limit, $2 token, $3 token of rows on which another lease ran out, $4 lease in
 // microseconds, $5 types or NULL, $6 max attempts or 0, $7 at most once, $8 reconcile,
 // $9 ids not to claim or NULL; looked through only for rows that bear a token. $10
-// suspects, $11 token of suspects.
+// suspects, $11 token of suspects, $12 in turn, $13 what
+// the advisory lock is for, $14 microseconds since 1970 or NULL: due since.
+//
+// Every claim holds the advisory lock of turnSQL if it is free, until it ends; only one
+// that is to take turns goes without rows if it is not. (With OR in place of CASE the planner
+// would leave out the attempt.)
 //
 // SKIP LOCKED passes over rows that a caller holds in an open add, and rows that
 // another relay is claiming: nobody waits here. now() is this statement's start, as
@@ -129,11 +148,15 @@ type Claimed struct {
 // been sent. attempts rises here and not when the row is settled, so that a message that kills its process
 // is counted.
 const claimSQL = `
-WITH due AS MATERIALIZED (
+WITH turn AS MATERIALIZED (
+	SELECT CASE WHEN pg_catalog.pg_try_advisory_xact_lock(pg_catalog.hashtextextended($13::text, 0)) THEN true ELSE NOT $12::bool END AS mine
+), due AS MATERIALIZED (
 	SELECT ctid AS tid, ` + suspectSQL + ` AS suspect
 	FROM {table}
-	WHERE status = 'pending'
+	WHERE (SELECT mine FROM turn)
+		AND status = 'pending'
 		AND ` + dueSQL + ` <= pg_catalog.now()
+		AND ` + dueSQL + ` >= coalesce('epoch'::timestamptz + $14::bigint * interval '1 microsecond', '-infinity')
 		AND (lease_token IS NULL OR lease_until IS NULL OR lease_until <= pg_catalog.now() OR ` + oursSQL + `)
 		AND ($5::text[] IS NULL OR type = ANY ($5::text[]))
 		AND (lease_token IS NULL OR $9::bigint[] IS NULL OR id <> ALL ($9::bigint[]))
@@ -186,13 +209,16 @@ const (
 		END`
 )
 
+// turnSQL reports whether it is this claim's turn. $1 what the lock is for.
+const turnSQL = `SELECT pg_catalog.pg_try_advisory_xact_lock(pg_catalog.hashtextextended($1::text, 0))`
+
 // Claim leases due pending rows to the caller, oldest first, for opts.Lease by the
 // database's clock, and counts an attempt of each. Rows past their NotAfter and
 // rows out of attempts are failed instead.
 //
 // It takes the rows that are free: it waits neither for callers that hold a row in
 // an open transaction nor for other relays, and no row is leased to two at once. It
-// runs on the store's pool in one statement. Bad options are an [InvalidError].
+// runs on the store's pool in one round trip. Bad options are an [InvalidError].
 func (s *PGStore) Claim(ctx context.Context, opts ClaimOptions) (ClaimResult, error) {
 	switch {
 	case opts.Limit < 1:
@@ -217,38 +243,31 @@ func (s *PGStore) Claim(ctx context.Context, opts ClaimOptions) (ClaimResult, er
 		opts.Token = NewToken()
 	}
 	var res ClaimResult
+	lock := s.claimLock()
+	since := pgtype.Int8{Int64: opts.Since.UnixMicro(), Valid: !opts.Since.IsZero()}
+	args := []any{opts.Limit, uuid(opts.Token), uuid(opts.Token.with(resumedBit)), opts.Lease.Microseconds(), opts.Types,
+		opts.MaxAttempts, opts.AtMostOnce, opts.Reconcile, opts.Except, int(opts.Suspects), uuid(opts.Token.with(resumedBit | suspectBit)),
+		opts.InTurn, lock, since}
+	read := func(rows pgx.Rows) error { return res.read(rows, opts.Limit) }
 	// A statement that waits for nobody is not retryable under READ COMMITTED, but the pool's
 	// default may be stricter.
 	err := retry(ctx, func() error {
 		res = ClaimResult{}
-		rows, err := s.pool.Query(ctx, s.sql.claim, opts.Limit, uuid(opts.Token), uuid(opts.Token.with(resumedBit)),
-			opts.Lease.Microseconds(), opts.Types, opts.MaxAttempts, opts.AtMostOnce, opts.Reconcile, opts.Except, int(opts.Suspects), uuid(opts.Token.with(resumedBit|suspectBit)))
-		if err != nil {
-			return err
-		}
-		defer rows.Close()
-		var scan rowScanner
-		for rows.Next() {
-			var c Claimed
-			var token pgtype.UUID
-			if err := scan.scan(rows, &c.Notification, &token, &c.UnknownVersion, &c.Expired); err != nil {
+		if !opts.InTurn {
+			rows, err := s.pool.Query(ctx, s.sql.claim, args...)
+			if err != nil {
 				return err
 			}
-			if c.Notification.Status != StatusPending {
-				res.Failed = append(res.Failed, c.Notification)
-				continue
-			}
-			c.Lease = Lease{c.Notification.ID, Token(token.Bytes)}
-			c.Suspect = c.Token.has(suspectBit)
-			if !c.Token.has(resumedBit) {
-				c.UnknownVersion = 0 // lease_version is that of this lease
-			}
-			if res.Claimed == nil {
-				res.Claimed = make([]Claimed, 0, min(opts.Limit, 1000)) // most claims find nothing, or much
-			}
-			res.Claimed = append(res.Claimed, c)
+			return read(rows)
 		}
-		return rows.Err()
+		// One transaction. The snapshot of the claim is not older than its turn.
+		var batch pgx.Batch
+		mine := false
+		batch.Queue(turnSQL, lock).QueryRow(func(row pgx.Row) error { return row.Scan(&mine) })
+		batch.Queue(s.sql.claim, args...).Query(read)
+		err := s.pool.SendBatch(ctx, &batch).Close()
+		res.Busy = !mine && len(res.Claimed)+len(res.Failed) == 0
+		return err
 	})
 	if err != nil {
 		return ClaimResult{}, s.explain("claim", err)
@@ -257,6 +276,39 @@ func (s *PGStore) Claim(ctx context.Context, opts ClaimOptions) (ClaimResult, er
 		return cmp.Or(a.Notification.due().Compare(b.Notification.due()), cmp.Compare(a.ID, b.ID))
 	})
 	return res, nil
+}
+
+// claimLock names what the advisory lock of turnSQL is for.
+func (s *PGStore) claimLock() string { return "outbox claim " + s.table }
+
+// read reads what claimSQL returns of limit rows at most.
+func (res *ClaimResult) read(rows pgx.Rows, limit int) error {
+	defer rows.Close()
+	var scan rowScanner
+	for rows.Next() {
+		var c Claimed
+		var token pgtype.UUID
+		if err := scan.scan(rows, &c.Notification, &token, &c.UnknownVersion, &c.Expired); err != nil {
+			return err
+		}
+		if due := c.Notification.due(); due.After(res.Last) {
+			res.Last = due
+		}
+		if c.Notification.Status != StatusPending {
+			res.Failed = append(res.Failed, c.Notification)
+			continue
+		}
+		c.Lease = Lease{c.Notification.ID, Token(token.Bytes)}
+		c.Suspect = c.Token.has(suspectBit)
+		if !c.Token.has(resumedBit) {
+			c.UnknownVersion = 0 // lease_version is that of this lease
+		}
+		if res.Claimed == nil {
+			res.Claimed = make([]Claimed, 0, min(limit, 1000)) // most claims find nothing, or much
+		}
+		res.Claimed = append(res.Claimed, c)
+	}
+	return rows.Err()
 }
 
 // due is when n falls due, as dueSQL has it.
@@ -295,15 +347,20 @@ const (
 const leasedSQL = `ARRAY(
 		SELECT o.ctid FROM given AS g CROSS JOIN LATERAL (
 			SELECT ctid FROM {table}
-			WHERE id = g.id AND lease_token = g.token AND status = 'pending'
+			WHERE id = g.id AND lease_token = g.token AND ` + stillPendingSQL + `
 			LIMIT 1
 			FOR UPDATE SKIP LOCKED
 		) AS o)`
 
+// stillPendingSQL is status = 'pending' in words that the planner does not find in the
+// predicate of outbox_notifications_due. Where the statistics were taken when nothing was
+// pending it would take that index for empty, and look through all of it for each id.
+const stillPendingSQL = `coalesce(status = 'pending', false)`
+
 // exceptionsSQL tells, of the leases in given that are not in done, whether their
 // rows were locked by others or are no longer theirs.
 const exceptionsSQL = `SELECT g.n, CASE WHEN EXISTS (
-		SELECT FROM {table} AS t WHERE t.id = g.id AND t.lease_token = g.token AND t.status = 'pending'
+		SELECT FROM {table} AS t WHERE t.id = g.id AND t.lease_token = g.token AND ` + stillPendingSQL + `
 	) THEN 'held' ELSE 'stale' END
 	FROM given AS g WHERE g.n NOT IN (SELECT n FROM done)`
 

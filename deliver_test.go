@@ -30,6 +30,11 @@ import (
 //	one token for rows with and without an     TestClaim/leases_due_rows_..., /decides_on/...
 //	earlier lease
 //	status || '' = 'pending' in the claim      TestClaimPlan
+//	due >= Since left out                      TestClaim/leaves_what_fell_due_before_Since; TestClaimPlan
+//	Last from the rows claimed alone           TestClaim/leaves_what_fell_due_before_Since
+//	InTurn ignored, no lock but in turn, or    TestClaim/takes_turns_...
+//	Busy never said
+//	stillPendingSQL status = 'pending'         TestSettlePlan
 //	the token left out of leasedSQL            TestSettle/*/claimed_by_another, TestExtend
 //	the status left out of leasedSQL           TestSettle/*/settled_by_hand
 //	settle without SKIP LOCKED                 TestSettle/settles_many_..., TestExtend, which hang
@@ -185,6 +190,90 @@ func TestClaim(t *testing.T) {
 		endLeases(t, db)
 		require.Equal(t, []int64{1, 3}, bookings(claim(t, db, outbox.ClaimOptions{Except: []int64{cs[1].ID}})))
 	})
+
+	t.Run("leaves_what_fell_due_before_Since", func(t *testing.T) {
+		db := pgtest.NewDB(t)
+		addRows(t, db, 5)
+		due := func(booking int) time.Time { // not when the row was added
+			return time.Date(2020, 1, booking, 0, 0, 0, 1000, time.UTC)
+		}
+		for i := 1; i <= 4; i++ {
+			db.MustExec(t, "UPDATE outbox_notifications SET created_at = $2::text::timestamptz WHERE booking_id = $1", i, due(i).Format(time.RFC3339Nano))
+		}
+		db.MustExec(t, "UPDATE outbox_notifications SET created_at = '-infinity' WHERE booking_id = 5")
+		db.MustExec(t, "UPDATE outbox_notifications SET not_after = now() WHERE booking_id = 4")
+		res := claim(t, db, outbox.ClaimOptions{Since: due(2), Limit: 2})
+		require.Equal(t, []int64{2, 3}, bookings(res))
+		require.Equal(t, due(3), res.Last)
+		res = claim(t, db, outbox.ClaimOptions{Since: due(2)})
+		require.Empty(t, res.Claimed)
+		require.Len(t, res.Failed, 1)
+		require.Equal(t, due(4), res.Last)
+		res = claim(t, db, outbox.ClaimOptions{Since: due(3)})
+		require.Empty(t, res.Claimed)
+		require.Zero(t, res.Last)
+		res = claim(t, db, outbox.ClaimOptions{Limit: 1})
+		require.Equal(t, []int64{5}, bookings(res))
+		require.Zero(t, res.Last)
+		require.Equal(t, []int64{1}, bookings(claim(t, db, outbox.ClaimOptions{})))
+	})
+
+	for _, mode := range []pgx.QueryExecMode{pgx.QueryExecModeCacheStatement, pgx.QueryExecModeCacheDescribe, pgx.QueryExecModeDescribeExec,
+		pgx.QueryExecModeExec, pgx.QueryExecModeSimpleProtocol} {
+		t.Run(fmt.Sprintf("takes_turns_in_every_exec_mode/%v", mode), func(t *testing.T) {
+			db := pgtest.NewDB(t)
+			addRows(t, db, 3)
+			store, err := outbox.NewPGStore(pgtest.NewPool(t, db.URL, func(cfg *pgxpool.Config) {
+				cfg.ConnConfig.DefaultQueryExecMode = mode
+			}), outbox.Config{Logger: discard})
+			require.NoError(t, err)
+			for i := range 3 {
+				res, err := store.Claim(t.Context(), outbox.ClaimOptions{Limit: 1, Lease: time.Hour, InTurn: true, Since: time.Unix(int64(i), 0)})
+				require.NoError(t, err)
+				require.False(t, res.Busy)
+				require.Equal(t, []int64{int64(i + 1)}, bookings(res))
+			}
+		})
+	}
+
+	// A claim stops halfway, as a frozen process may make it.
+	for _, first := range []bool{false, true} {
+		t.Run(fmt.Sprintf("takes_turns_with_one_that_is_stuck/in_turn_%v", first), func(t *testing.T) {
+			db := pgtest.NewDB(t)
+			db.MustExec(t, `CREATE FUNCTION stop() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM pg_advisory_xact_lock(42); RETURN NEW; END $$`)
+			addRows(t, db, 2)
+			require.False(t, claim(t, db, outbox.ClaimOptions{Limit: 1, InTurn: true}).Busy)
+			db.MustExec(t, "CREATE TRIGGER stop BEFORE UPDATE ON outbox_notifications FOR EACH ROW EXECUTE FUNCTION stop()")
+			tx := db.MustBegin(t)
+			_, err := tx.Exec(t.Context(), "SELECT pg_advisory_xact_lock(42)")
+			require.NoError(t, err)
+			stuck := make(chan error, 1)
+			go func() {
+				res, err := db.Store.Claim(t.Context(), outbox.ClaimOptions{Limit: 1, Lease: time.Hour, InTurn: first})
+				if err == nil && len(res.Claimed) != 1 {
+					err = fmt.Errorf("claimed %d", len(res.Claimed))
+				}
+				stuck <- err
+			}()
+			db.WaitBlocked(t, 1)
+			db.AddMany(t, outbox.NewNotification{Type: "reject", BookingID: 3})
+			res := claim(t, db, outbox.ClaimOptions{InTurn: true})
+			require.True(t, res.Busy)
+			require.Empty(t, res.Claimed)
+			require.NoError(t, tx.Rollback(t.Context()))
+			require.NoError(t, <-stuck)
+			db.MustExec(t, "DROP TRIGGER stop ON outbox_notifications")
+			tx = db.MustBegin(t)
+			_, err = tx.Exec(t.Context(), "SELECT pg_advisory_xact_lock(hashtextextended($1, 0))", db.Store.ClaimLock())
+			require.NoError(t, err)
+			require.True(t, claim(t, db, outbox.ClaimOptions{InTurn: true}).Busy)
+			res = claim(t, db, outbox.ClaimOptions{})
+			require.False(t, res.Busy)
+			require.Equal(t, []int64{3}, bookings(res), "out of turn")
+			require.NoError(t, tx.Rollback(t.Context()))
+			require.False(t, claim(t, db, outbox.ClaimOptions{InTurn: true}).Busy, "nothing is left, but nobody is claiming")
+		})
+	}
 
 	t.Run("waits_for_nobody_who_holds_a_row", func(t *testing.T) {
 		t.Parallel()
@@ -830,7 +919,7 @@ func TestDeliveryTakesNoTimes(t *testing.T) {
 	pool := pgtest.NewPool(t, db.URL, func(cfg *pgxpool.Config) { cfg.ConnConfig.Tracer = &seen })
 	store, err := outbox.NewPGStore(pool, outbox.Config{Logger: discard})
 	require.NoError(t, err)
-	res, err := store.Claim(t.Context(), outbox.ClaimOptions{Limit: 1, Lease: time.Minute})
+	res, err := store.Claim(t.Context(), outbox.ClaimOptions{Limit: 1, Lease: time.Minute, InTurn: true, Since: time.Unix(0, 0)})
 	require.NoError(t, err)
 	_, err = store.Extend(t.Context(), []outbox.Lease{res.Claimed[0].Lease}, time.Minute)
 	require.NoError(t, err)
@@ -854,6 +943,16 @@ func (a *argTypes) TraceQueryStart(ctx context.Context, _ *pgx.Conn, data pgx.Tr
 }
 
 func (a *argTypes) TraceQueryEnd(context.Context, *pgx.Conn, pgx.TraceQueryEndData) {}
+
+func (a *argTypes) TraceBatchStart(ctx context.Context, _ *pgx.Conn, data pgx.TraceBatchStartData) context.Context {
+	for _, q := range data.Batch.QueuedQueries {
+		a.TraceQueryStart(ctx, nil, pgx.TraceQueryStartData{SQL: q.SQL, Args: q.Arguments})
+	}
+	return ctx
+}
+
+func (a *argTypes) TraceBatchQuery(context.Context, *pgx.Conn, pgx.TraceBatchQueryData) {}
+func (a *argTypes) TraceBatchEnd(context.Context, *pgx.Conn, pgx.TraceBatchEndData)     {}
 
 // TestClaimPlan shows that what a claim reads does not grow with the rows that were
 // sent nor with those that are due later, a million of each, in plans for given
@@ -888,7 +987,7 @@ func TestClaimPlan(t *testing.T) {
 					require.NoError(t, err)
 				}
 				const token = "'00000000-0000-0000-0000-000000000002', '00000000-0000-0000-0000-000000000003'"
-				plan := explain(t, tx, "EXECUTE claim (100, "+token+", 1000000000, "+types+", 10, false, false, NULL, 2, '00000000-0000-0000-0000-000000000005')")
+				plan := explain(t, tx, "EXECUTE claim (100, "+token+", 1000000000, "+types+", 10, false, false, NULL, 2, '00000000-0000-0000-0000-000000000005', true, 'a', (extract(epoch FROM now()) * 1000000)::bigint - 7200000000)")
 				scans := plan.scans()
 				require.Len(t, scans, 2, "%+v", scans)
 				for _, s := range scans {
@@ -896,6 +995,7 @@ func TestClaimPlan(t *testing.T) {
 					case "Index Scan":
 						require.Equal(t, "outbox_notifications_due", s.Index)
 						require.Contains(t, s.IndexCond, "<= now()")
+						require.Contains(t, s.IndexCond, ">= ")
 					default:
 						require.Equal(t, "Tid Scan", s.Type)
 					}
@@ -924,5 +1024,38 @@ func TestClaimPlan(t *testing.T) {
 				require.NoError(t, tx.Rollback(t.Context()))
 			})
 		}
+	}
+}
+
+// TestSettlePlan shows that the rows to settle and to extend are found by their id, also
+// with statistics from when nothing was pending, as is usual: by those the index of the
+// pending rows is empty, and the cheapest to be looked through for each id.
+func TestSettlePlan(t *testing.T) {
+	t.Parallel()
+	db := pgtest.NewDB(t)
+	db.MustExec(t, "INSERT INTO outbox_notifications (type, booking_id, status) SELECT 'reject', i, 'sent' FROM generate_series(1, 20000) i")
+	db.MustExec(t, "VACUUM ANALYZE outbox_notifications")
+	for _, mode := range []string{"force_custom_plan", "force_generic_plan"} {
+		t.Run(mode, func(t *testing.T) {
+			tx := db.MustBegin(t)
+			for _, sql := range []string{"SET LOCAL plan_cache_mode = " + mode, "PREPARE extend AS " + db.Store.ExtendSQL(), "PREPARE settle AS " + db.Store.SettleSQL()} {
+				_, err := tx.Exec(t.Context(), sql)
+				require.NoError(t, err)
+			}
+			const given = "array_fill(1::bigint, ARRAY[1000]), array_fill('00000000-0000-0000-0000-000000000002'::uuid, ARRAY[1000])"
+			for _, sql := range []string{"EXECUTE extend (" + given + ", 1000000)",
+				"EXECUTE settle (" + given + ", array_fill('delivered'::text, ARRAY[1000]), NULL, NULL, NULL, NULL)"} {
+				var doc []struct{ Plan planNode }
+				require.NoError(t, json.Unmarshal(pgtest.One[json.RawMessage](t, tx, "EXPLAIN (FORMAT JSON) "+sql), &doc))
+				scans := doc[0].Plan.scans()
+				require.NotEmpty(t, scans)
+				for _, s := range scans {
+					require.NotEqual(t, "outbox_notifications_due", s.Index)
+				}
+			}
+			_, err := tx.Exec(t.Context(), "DEALLOCATE extend; DEALLOCATE settle")
+			require.NoError(t, err)
+			require.NoError(t, tx.Rollback(t.Context()))
+		})
 	}
 }

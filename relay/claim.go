@@ -19,6 +19,11 @@ func (r *run) claimOn(ctx context.Context) error {
 		repeating bool // a claim with this token had no answer
 		pause     = firstPause
 		ever      bool
+		horizon   horizon
+		patience  = turnPatience // how long to wait for a turn
+		busySince time.Time      // another is claiming; zero: none was
+		took      time.Duration  // by the last full claim
+		full      time.Time      // when that was answered; zero: taken into account, or there was none since
 	)
 	for ctx.Err() == nil {
 		limit := r.capacity()
@@ -29,8 +34,26 @@ func (r *run) claimOn(ctx context.Context) error {
 			}
 			continue
 		}
-		found, suspect, err := r.claim(ctx, token, limit)
+		// A repeated claim is to find all that there is of its token.
+		inTurn := !repeating && (busySince.IsZero() || time.Since(busySince) < patience)
+		began := time.Now()
+		if !full.IsZero() {
+			limit += r.adapt(began.Sub(full))
+			full = time.Time{}
+		}
+		var since time.Time
+		if !repeating {
+			since = horizon.since()
+		}
+		found, suspect, last, err := r.claim(ctx, outbox.ClaimOptions{Token: token, Limit: limit, InTurn: inTurn, Since: since})
 		switch {
+		case errors.Is(err, errBusy):
+			trouble.ended()
+			if busySince.IsZero() {
+				busySince = began
+			}
+			_ = sleep(ctx, jitter(min(max(took, firstPause), longestTurn)))
+			continue
 		case err != nil && ctx.Err() != nil:
 			continue // which ends the loop
 		case errors.Is(err, outbox.ErrInvalid), errors.Is(err, outbox.ErrSetup) && !ever:
@@ -47,19 +70,33 @@ func (r *run) claimOn(ctx context.Context) error {
 		}
 		trouble.ended()
 		ever = true
+		horizon.claimed(since, time.Since(began), found, found >= limit, last)
+		if inTurn {
+			patience = turnPatience
+		} else if !busySince.IsZero() {
+			patience = 0 // who is claiming may be stuck
+		}
+		busySince = time.Time{}
 		if !repeating || found < limit { // else more of its rows may be left
 			token, repeating = outbox.NewToken(), false
 		}
 		switch {
-		case found >= limit || suspect: // others may have stood behind more suspects
+		case found >= limit:
+			full = time.Now()
+			pause, took = 0, full.Sub(began)
+			continue
+		case suspect: // others may have stood behind more of them
 			pause = 0
 			continue
+		}
+		r.startSmall()
+		switch {
 		case found > 0:
 			pause = min(firstPause, r.cfg.PollInterval)
 		default:
 			pause = min(max(pause+pause/2, firstPause), r.cfg.PollInterval)
 		}
-		timer := time.NewTimer(pause - rand.N(pause/5+1)) // so that relays do not march in step
+		timer := time.NewTimer(jitter(pause))
 		select {
 		case <-r.wake:
 			pause = 0
@@ -70,6 +107,35 @@ func (r *run) claimOn(ctx context.Context) error {
 	}
 	return nil
 }
+
+// adapt fits the size of the batches, where that is left to the relay, to how long half of
+// one took to be taken for sending, and returns how many rows more may be claimed now.
+func (r *run) adapt(drained time.Duration) (more int) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	before := r.batch
+	switch {
+	case !r.adaptive:
+	case drained < quickDrain:
+		r.batch = min(2*r.batch, largestBatch)
+	case drained > slowDrain:
+		r.batch = max(r.batch/2, r.cfg.BatchSize)
+	}
+	return max(r.batch-before, 0)
+}
+
+// startSmall ends what adapt has done, as the backlog has ended: the next may be of slower messages.
+func (r *run) startSmall() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.batch = r.cfg.BatchSize
+}
+
+// errBusy: another relay was claiming.
+var errBusy = errors.New("another is claiming")
+
+// jitter is d less up to a fifth, so that relays do not march in step.
+func jitter(d time.Duration) time.Duration { return d - rand.N(d/5+1) }
 
 // suspects is what a claim takes of them: one is sent at a time.
 func (r *run) suspects() outbox.Suspects {
@@ -108,7 +174,7 @@ func (r *run) awaitAnswer(ctx context.Context, trouble *outage) {
 func (r *run) capacity() int {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	batch := r.cfg.BatchSize
+	batch := r.batch
 	free := batch - len(r.waiting)
 	// Results are not to pile up in an outage; more of those may that wait for callers.
 	bound := 2*batch + r.cfg.Concurrency
@@ -118,21 +184,25 @@ func (r *run) capacity() int {
 	return free
 }
 
-// claim claims up to limit rows and returns how many it found, those that it failed
-// included, and whether one is a suspect.
-func (r *run) claim(ctx context.Context, token outbox.Token, limit int) (found int, suspect bool, err error) {
+// claim claims by opts, which it completes, and returns how many rows it found, those that
+// it failed included, whether one is a suspect, and when the last of them fell due. In
+// turn with others it may return errBusy.
+func (r *run) claim(ctx context.Context, opts outbox.ClaimOptions) (found int, suspect bool, last time.Time, err error) {
 	// When ctx ends, the answer should still be heard: nobody else knows these rows are free.
 	grace, cancel := afterwards(ctx, claimGrace)
 	defer cancel()
 	grace, cancel = context.WithTimeout(grace, r.callTimeout())
 	defer cancel()
 	began := time.Now()
-	res, err := r.queue.Claim(grace, outbox.ClaimOptions{
-		Limit: limit, Lease: r.cfg.Lease, Token: token, Types: r.cfg.Types, MaxAttempts: max(r.cfg.MaxAttempts, 0),
-		AtMostOnce: r.cfg.Delivery == AtMostOnce, Reconcile: r.reconcile != nil, Except: r.ids(), Suspects: r.suspects(),
-	})
+	opts.Lease, opts.Types, opts.MaxAttempts = r.cfg.Lease, r.cfg.Types, max(r.cfg.MaxAttempts, 0)
+	opts.AtMostOnce, opts.Reconcile = r.cfg.Delivery == AtMostOnce, r.reconcile != nil
+	opts.Except, opts.Suspects = r.ids(), r.suspects()
+	res, err := r.queue.Claim(grace, opts)
+	if err == nil && res.Busy {
+		err = errBusy
+	}
 	if err != nil {
-		return 0, false, err
+		return 0, false, last, err
 	}
 	for _, n := range res.Failed {
 		r.logFailed(n, n.LastError)
@@ -153,7 +223,7 @@ func (r *run) claim(ctx context.Context, token outbox.Token, limit int) (found i
 	r.settled += len(res.Failed)
 	r.mu.Unlock()
 	signal(r.toSend)
-	return len(res.Claimed) + len(res.Failed), suspect, nil
+	return len(res.Claimed) + len(res.Failed), suspect, res.Last, nil
 }
 
 // acquitted is called under the lock when the Send of it is over, or it will not be

@@ -28,6 +28,9 @@ type fakeQueue struct {
 	// claimErr and so on, where not nil, say how a call fails.
 	claimErr, settleErr, extendErr func() error
 	settleBad                      func(outbox.Settlement) error
+
+	busy  bool                                    // another relay is claiming, for ever
+	takes func(outbox.ClaimOptions) time.Duration // how long a claim takes; nil: no time
 }
 
 type fakeRow struct {
@@ -40,6 +43,13 @@ type fakeRow struct {
 	handbacks int
 }
 
+func (row *fakeRow) due() time.Time {
+	if row.NextRetryAt.IsZero() {
+		return row.CreatedAt
+	}
+	return row.NextRetryAt
+}
+
 func newFakeQueue(n int) *fakeQueue {
 	q := &fakeQueue{rows: make(map[int64]*fakeRow)}
 	for i := range n {
@@ -50,11 +60,13 @@ func newFakeQueue(n int) *fakeQueue {
 
 func (q *fakeQueue) now() time.Time { return time.Now().Add(q.ahead).Round(0) }
 
-func (q *fakeQueue) add(id int64) *fakeRow {
+func (q *fakeQueue) add(id int64) *fakeRow { return q.addAt(id, q.now()) }
+
+func (q *fakeQueue) addAt(id int64, at time.Time) *fakeRow {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	row := &fakeRow{Notification: outbox.Notification{ID: id, Type: "reject", BookingID: id, Status: outbox.StatusPending,
-		Version: 1, CreatedAt: q.now()}}
+		Version: 1, CreatedAt: at}}
 	q.rows[id] = row
 	return row
 }
@@ -112,6 +124,14 @@ func (q *fakeQueue) Claim(ctx context.Context, opts outbox.ClaimOptions) (res ou
 	}
 	q.claims = append(q.claims, opts)
 	q.claimed = append(q.claimed, time.Now())
+	if q.busy && opts.InTurn {
+		return outbox.ClaimResult{Busy: true}, nil
+	}
+	if q.takes != nil {
+		q.mu.Unlock()
+		take(q.takes(opts))
+		q.mu.Lock()
+	}
 	now := q.now()
 	var due []*fakeRow
 	for _, row := range q.rows {
@@ -120,14 +140,17 @@ func (q *fakeQueue) Claim(ctx context.Context, opts outbox.ClaimOptions) (res ou
 		if row.suspect && opts.Suspects == outbox.LeaveSuspects {
 			continue
 		}
-		if row.Status == outbox.StatusPending && !row.held && !slices.Contains(opts.Except, row.ID) && !row.NextRetryAt.After(now) &&
+		if row.Status == outbox.StatusPending && !row.held && !row.due().Before(opts.Since) && !slices.Contains(opts.Except, row.ID) && !row.NextRetryAt.After(now) &&
 			(row.token == outbox.Token{} || !row.until.After(now) || mine) {
 			due = append(due, row)
 		}
 	}
 	slices.SortFunc(due, func(a, b *fakeRow) int {
-		return cmp.Or(a.NextRetryAt.Compare(b.NextRetryAt), cmp.Compare(a.ID, b.ID))
+		return cmp.Or(a.due().Compare(b.due()), cmp.Compare(a.ID, b.ID))
 	})
+	if n := min(len(due), opts.Limit); n > 0 {
+		res.Last = due[n-1].due()
+	}
 	suspects := 0
 	for _, row := range due[:min(len(due), opts.Limit)] {
 		if row.suspect {

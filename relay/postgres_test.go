@@ -617,7 +617,18 @@ func (l *argumentLog) TraceQueryStart(ctx context.Context, _ *pgx.Conn, d pgx.Tr
 
 func (l *argumentLog) TraceQueryEnd(context.Context, *pgx.Conn, pgx.TraceQueryEndData) {}
 
-// The process's clock may be off by any amount: what decides is the database's.
+func (l *argumentLog) TraceBatchStart(ctx context.Context, _ *pgx.Conn, d pgx.TraceBatchStartData) context.Context {
+	for _, q := range d.Batch.QueuedQueries {
+		l.TraceQueryStart(ctx, nil, pgx.TraceQueryStartData{SQL: q.SQL, Args: q.Arguments})
+	}
+	return ctx
+}
+
+func (l *argumentLog) TraceBatchQuery(context.Context, *pgx.Conn, pgx.TraceBatchQueryData) {}
+func (l *argumentLog) TraceBatchEnd(context.Context, *pgx.Conn, pgx.TraceBatchEndData)     {}
+
+// The process's clock may be off by any amount: what decides is the database's. (Since, of a
+// claim, is a time that the database said.)
 func TestNoArgumentIsATime(t *testing.T) {
 	t.Parallel()
 	db := pgtest.NewDB(t)

@@ -42,6 +42,13 @@ var discard = slog.New(slog.NewTextHandler(io.Discard, nil))
 //	suspects sent like others                  sends_one_at_a_time_...
 //	no pause while idle, or none of 5 ms       backs_off_...
 //	a pause after a full batch                 goes_straight_on_...
+//	Busy taken for nothing found; waiting for  claims_out_of_turn_...
+//	a turn without end; repeats in turn
+//	the default batch fixed, without bound,    claims_more_at_a_time_..., claims_few_at_a_time_...
+//	or large for slow senders; a configured
+//	one that grows
+//	no horizon, none after a slow claim, no    begins_where_it_was_..., claims_from_the_beginning_...
+//	whole claim ever again, no overlap
 //	no waking, or not when superseded          looks_at_once_..., delivers_newer_content_...
 //	more rows waiting than BatchSize           claims_the_next_batch_...
 //	more sent at once than Concurrency         sends_as_many_at_once_...
@@ -244,6 +251,138 @@ func TestRun(t *testing.T) {
 		stop := start(t, newRelay(t, q, accept, relay.Config{BatchSize: 1, PollInterval: time.Hour}))
 		advance(time.Second)
 		require.Equal(t, 1000, q.count(outbox.StatusSent))
+		require.NoError(t, stop())
+	})
+
+	bubble("claims_out_of_turn_when_another_claims_for_a_second", func(t *testing.T) {
+		q := newFakeQueue(1)
+		q.busy = true
+		stop := start(t, newRelay(t, q, accept, relay.Config{PollInterval: time.Hour, BatchSize: 1}))
+		advance(900 * time.Millisecond)
+		require.Equal(t, outbox.StatusPending, q.row(1).Status)
+		require.Greater(t, len(q.claims), 9)
+		advance(300 * time.Millisecond)
+		require.Equal(t, outbox.StatusSent, q.row(1).Status)
+		for i := range 10 { // one that is stuck does not cost a second each time
+			q.add(int64(i + 2))
+		}
+		advance(2 * time.Second)
+		require.NoError(t, stop())
+		require.Equal(t, 11, q.count(outbox.StatusSent))
+
+		q.claims, q.busy = nil, false
+		q.add(100)
+		var tokens []outbox.Token
+		stop = start(t, newRelay(t, &losingQueue{fakeQueue: q, tokens: &tokens, lose: 1}, accept, relay.Config{}))
+		advance(time.Minute)
+		require.NoError(t, stop())
+		require.Equal(t, outbox.StatusSent, q.row(100).Status)
+		for _, c := range q.claims {
+			if c.Token == tokens[0] {
+				require.Zero(t, c.Since)
+			}
+		}
+		require.True(t, q.claims[0].InTurn)
+		require.False(t, q.claims[1].InTurn, "the repeat is to find all of its token")
+	})
+
+	bubble("claims_more_at_a_time_while_batches_are_sent_quickly", func(t *testing.T) {
+		for batch, most := range map[int]int{0: 1000, 100: 100} {
+			q := newFakeQueue(10_000)
+			stop := start(t, newRelay(t, q, accept, relay.Config{BatchSize: batch}))
+			advance(10 * time.Second)
+			require.Equal(t, 10_000, q.count(outbox.StatusSent))
+			largest := 0
+			for _, c := range q.claims {
+				largest = max(largest, c.Limit)
+			}
+			require.Equal(t, 100, q.claims[0].Limit)
+			require.GreaterOrEqual(t, largest, most/2)
+			require.LessOrEqual(t, largest, most)
+			require.Equal(t, 100, q.claims[len(q.claims)-1].Limit, "small again when the backlog has ended")
+			require.NoError(t, stop())
+		}
+	})
+
+	bubble("claims_few_at_a_time_for_a_slow_sender", func(t *testing.T) {
+		q := newFakeQueue(5_000)
+		q.takes = func(outbox.ClaimOptions) time.Duration { return 50 * time.Millisecond }
+		var slow atomic.Bool
+		stop := start(t, newRelay(t, q, relay.SenderFunc(func(context.Context, outbox.Notification) (string, error) {
+			if slow.Load() {
+				take(time.Second / 3)
+			}
+			return "", nil
+		}), relay.Config{}))
+		advance(200 * time.Millisecond)
+		require.Greater(t, q.claims[len(q.claims)-1].Limit, 200)
+		slow.Store(true) // 30 a second
+		advance(time.Minute)
+		require.LessOrEqual(t, q.leases(), 120)
+		require.Positive(t, q.count(outbox.StatusPending))
+		require.NoError(t, stop())
+	})
+
+	bubble("begins_where_it_was_while_whole_claims_take_long", func(t *testing.T) {
+		q := newFakeQueue(0)
+		q.takes = func(opts outbox.ClaimOptions) time.Duration {
+			if opts.Since.IsZero() {
+				return 500 * time.Millisecond
+			}
+			return time.Millisecond
+		}
+		stop := start(t, newRelay(t, q, accept, relay.Config{}))
+		var id int64
+		for range 600 {
+			id++
+			q.add(id)
+			advance(100 * time.Millisecond)
+		}
+		whole, since := 0, time.Time{}
+		for _, c := range q.claims {
+			if c.Since.IsZero() {
+				whole++
+				continue
+			}
+			require.False(t, c.Since.Before(since))
+			since = c.Since
+		}
+		require.InDelta(t, 60/10.5, whole, 2.5, "a twentieth of the time")
+		require.InDelta(t, 2, q.now().Sub(since).Seconds(), 1, "for rows whose transaction took a while")
+		require.GreaterOrEqual(t, q.count(outbox.StatusSent), 595)
+
+		q.change(600, func(*fakeRow) {
+			q.takes = func(outbox.ClaimOptions) time.Duration { return time.Millisecond }
+		})
+		advance(15 * time.Second)
+		q.change(600, func(*fakeRow) { q.claims = nil })
+		q.add(id + 1)
+		advance(5 * time.Second)
+		require.NotEmpty(t, q.claims)
+		for _, c := range q.claims {
+			require.Zero(t, c.Since)
+		}
+		require.NoError(t, stop())
+	})
+
+	bubble("claims_from_the_beginning_before_long_however_long_that_takes", func(t *testing.T) {
+		q := newFakeQueue(1)
+		q.takes = func(opts outbox.ClaimOptions) time.Duration {
+			if opts.Since.IsZero() {
+				return 10 * time.Second
+			}
+			return time.Millisecond
+		}
+		stop := start(t, newRelay(t, q, accept, relay.Config{}))
+		advance(11 * time.Second)
+		require.Equal(t, outbox.StatusSent, q.row(1).Status)
+		for i := range 500 { // fallen due in the past
+			q.addAt(int64(i+2), q.now().Add(-time.Hour))
+		}
+		advance(30 * time.Second)
+		require.Equal(t, 1, q.count(outbox.StatusSent))
+		advance(45 * time.Second)
+		require.Equal(t, 501, q.count(outbox.StatusSent), "and goes on from there, at once")
 		require.NoError(t, stop())
 	})
 

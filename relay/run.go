@@ -11,14 +11,19 @@ import (
 )
 
 const (
-	firstPause   = 5 * time.Millisecond  // between two claims, after one that found something
-	maxSettle    = 1000                  // rows in one statement
-	longestHeld  = 50 * time.Millisecond // before a row is tried again that a caller holds
-	longestPause = 5 * time.Second       // in an outage
-	gatherTime   = time.Millisecond      // for results to come together, while more is being sent
-	claimGrace   = time.Second           // for a claim to end by itself when ctx has ended
-	heedTime     = time.Second           // for a Send to heed the end of its ctx
-	closingTime  = 5 * time.Second       // for noting the last results
+	firstPause   = 5 * time.Millisecond   // between two claims, after one that found something
+	turnPatience = time.Second            // in waiting for other relays' claims
+	longestTurn  = 100 * time.Millisecond // between two looks whether they are over
+	largestBatch = 1000                   // where BatchSize is left to the relay
+	quickDrain   = 250 * time.Millisecond // half a batch gone so soon: the next may be larger
+	slowDrain    = time.Second            // so late: smaller
+	maxSettle    = 1000                   // rows in one statement
+	longestHeld  = 50 * time.Millisecond  // before a row is tried again that a caller holds
+	longestPause = 5 * time.Second        // in an outage
+	gatherTime   = time.Millisecond       // for results to come together, while more is being sent
+	claimGrace   = time.Second            // for a claim to end by itself when ctx has ended
+	heedTime     = time.Second            // for a Send to heed the end of its ctx
+	closingTime  = 5 * time.Second        // for noting the last results
 )
 
 // item is a row that this relay has claimed and not yet settled.
@@ -48,6 +53,7 @@ type run struct {
 	toSend, toSettle, room, progress chan struct{}
 
 	mu        sync.Mutex
+	batch     int                // rows that may wait, BatchSize or more
 	live      map[*item]struct{} // all that is waiting, taken or finished
 	waiting   []*item            // to be sent, in this order
 	taken     int                // from waiting, and not yet finished or put back
@@ -64,7 +70,7 @@ type run struct {
 func newRun(r *Relay) *run {
 	signal := func() chan struct{} { return make(chan struct{}, 1) }
 	return &run{
-		Relay: r, live: make(map[*item]struct{}),
+		Relay: r, batch: r.cfg.BatchSize, live: make(map[*item]struct{}),
 		toSend: signal(), toSettle: signal(), room: signal(), progress: signal(),
 	}
 }

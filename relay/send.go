@@ -79,7 +79,7 @@ func (r *run) take() (it *item, wait time.Duration) {
 		if len(r.waiting) > 0 {
 			signal(r.toSend) // for another worker
 		}
-		if len(r.waiting) <= r.cfg.BatchSize/2 {
+		if len(r.waiting) <= r.batch/2 {
 			signal(r.room)
 		}
 		return it, 0
