@@ -209,8 +209,18 @@ const (
 		END`
 )
 
-// turnSQL reports whether it is this claim's turn. $1 what the lock is for.
-const turnSQL = `SELECT pg_catalog.pg_try_advisory_xact_lock(pg_catalog.hashtextextended($1::text, 0))`
+// byIndexSQL is for the rest of its transaction, of which each statement of delivery is the
+// other part. Their plans are always the same: by the indexes, whatever the table is
+// like. But a plan that PostgreSQL has made and kept while the table was nearly empty would
+// read all of it until the next ANALYZE, in a backlog for each claim; and where it thinks
+// that a plan for the values at hand is better, it makes one each time, which takes
+// longer than a small claim.
+const byIndexSQL = `pg_catalog.set_config('plan_cache_mode', 'force_generic_plan', true),
+	pg_catalog.set_config('enable_seqscan', 'off', true), pg_catalog.set_config('enable_bitmapscan', 'off', true)`
+
+// turnSQL reports whether it is this claim's turn. $1 what the lock is for, $2 whether
+// it takes turns.
+const turnSQL = `SELECT coalesce(CASE WHEN $2::bool THEN pg_catalog.pg_try_advisory_xact_lock(pg_catalog.hashtextextended($1::text, 0)) END, false), ` + byIndexSQL
 
 // Claim leases due pending rows to the caller, oldest first, for opts.Lease by the
 // database's clock, and counts an attempt of each. Rows past their NotAfter and
@@ -253,20 +263,13 @@ func (s *PGStore) Claim(ctx context.Context, opts ClaimOptions) (ClaimResult, er
 	// default may be stricter.
 	err := retry(ctx, func() error {
 		res = ClaimResult{}
-		if !opts.InTurn {
-			rows, err := s.pool.Query(ctx, s.sql.claim, args...)
-			if err != nil {
-				return err
-			}
-			return read(rows)
-		}
 		// One transaction. The snapshot of the claim is not older than its turn.
 		var batch pgx.Batch
 		mine := false
-		batch.Queue(turnSQL, lock).QueryRow(func(row pgx.Row) error { return row.Scan(&mine) })
+		batch.Queue(turnSQL, lock, opts.InTurn).QueryRow(func(row pgx.Row) error { return row.Scan(&mine, nil, nil, nil) })
 		batch.Queue(s.sql.claim, args...).Query(read)
 		err := s.pool.SendBatch(ctx, &batch).Close()
-		res.Busy = !mine && len(res.Claimed)+len(res.Failed) == 0
+		res.Busy = opts.InTurn && !mine && len(res.Claimed)+len(res.Failed) == 0
 		return err
 	})
 	if err != nil {
@@ -544,17 +547,18 @@ func (s *PGStore) onLeases(ctx context.Context, n int, sql string, args ...any) 
 		for i := range results {
 			results[i] = LeaseDone
 		}
-		rows, err := s.pool.Query(ctx, sql, args...)
-		if err != nil {
+		var batch pgx.Batch
+		batch.Queue("SELECT " + byIndexSQL)
+		batch.Queue(sql, args...).Query(func(rows pgx.Rows) error {
+			var at int64
+			var res string
+			_, err := pgx.ForEachRow(rows, []any{&at, &res}, func() error {
+				results[at-1] = LeaseResult(res)
+				return nil
+			})
 			return err
-		}
-		var at int64
-		var res string
-		_, err = pgx.ForEachRow(rows, []any{&at, &res}, func() error {
-			results[at-1] = LeaseResult(res)
-			return nil
 		})
-		return err
+		return s.pool.SendBatch(ctx, &batch).Close()
 	})
 	return results, err
 }

@@ -1059,3 +1059,46 @@ func TestSettlePlan(t *testing.T) {
 		})
 	}
 }
+
+// TestPlansOfDeliveryLast shows that statements prepared while the table is nearly empty
+// go on to use its indexes, also before the next ANALYZE.
+//
+// Mutations: no enable_seqscan, no force_generic_plan in byIndexSQL.
+func TestPlansOfDeliveryLast(t *testing.T) {
+	t.Parallel()
+	db := pgtest.NewDB(t)
+	db.MustExec(t, "ALTER TABLE outbox_notifications SET (autovacuum_enabled = off)")
+	pool := pgtest.NewPool(t, db.URL, func(cfg *pgxpool.Config) { cfg.MaxConns = 1 })
+	store, err := outbox.NewPGStore(pool, outbox.Config{})
+	require.NoError(t, err)
+	deliver := func(want int) {
+		res, err := store.Claim(t.Context(), outbox.ClaimOptions{Limit: 10, Lease: time.Minute})
+		require.NoError(t, err)
+		require.Len(t, res.Claimed, want)
+		var leases []outbox.Lease
+		var settlements []outbox.Settlement
+		for _, c := range res.Claimed {
+			leases, settlements = append(leases, c.Lease), append(settlements, outbox.Settlement{Lease: c.Lease, Verdict: outbox.Delivered})
+		}
+		_, err = store.Extend(t.Context(), leases, time.Minute)
+		require.NoError(t, err)
+		_, err = store.Settle(t.Context(), settlements)
+		require.NoError(t, err)
+	}
+	// scanned is how often the whole table was read.
+	scanned := func() int64 {
+		pgtest.One[string](t, pool, "SELECT pg_stat_force_next_flush()::text")
+		return pgtest.One[int64](t, pool, "SELECT seq_scan FROM pg_stat_user_tables WHERE relname = 'outbox_notifications'")
+	}
+	for i := range 10 {
+		db.Add(t, outbox.NewNotification{Type: "a", BookingID: int64(i + 1)})
+		deliver(1)
+	}
+	db.MustExec(t, "INSERT INTO outbox_notifications (type, booking_id) SELECT 'b', i FROM generate_series(1, 50000) i")
+	before := scanned()
+	for range 5 {
+		deliver(10)
+	}
+	require.Equal(t, before, scanned())
+	require.Zero(t, pgtest.One[int64](t, pool, "SELECT coalesce(sum(custom_plans), 0)::bigint FROM pg_prepared_statements WHERE statement LIKE '%MATERIALIZED%'"))
+}
