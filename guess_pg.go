@@ -31,15 +31,12 @@ VALUES ($1::text, $2::bigint, $3::bigint, $4::bigint, $5::text::json, $6::text,
 ON CONFLICT (type, booking_id, candidate_tg_id) DO NOTHING
 RETURNING 'created', false, ` + rowColumns
 
-// updateSQL refreshes a pending row whose payload changes. Under READ COMMITTED the
-// UPDATE waits for a rival and looks again at what the rival left, with all of its
-// expressions; but it does so for rows only that it would have changed as they stood
-// when it began. That is why "no row" means nothing here, and addSQL decides.
-//
-// The statement's start is one clock for all expressions, and later than the
-// transaction's; a lease that ended while the UPDATE waited counts as under way, as
-// if the add had come before. CASE hides the status from the planner, which might
-// prefer an index of the pending rows to that of the key.
+// updateSQL refreshes a pending row that is not being delivered, and whose payload
+// changes. Under READ COMMITTED the UPDATE waits for a rival and looks again at what the
+// rival left, with all of its expressions; but it does so only for a row that it would
+// have changed as it stood when it began. That is why "no row" means nothing here,
+// and addSQL decides. CASE hides the status from the planner, which might prefer an
+// index of the pending rows to that of the key.
 var updateSQL = `
 UPDATE {table} SET
 	recruiter_tg_id = coalesce($4::bigint, recruiter_tg_id),
@@ -48,13 +45,12 @@ UPDATE {table} SET
 	next_retry_at   = $7::timestamptz,
 	not_after       = coalesce($8::timestamptz, not_after),
 	version         = version + 1,
-	attempts        = CASE WHEN ` + inFlightAtStartSQL + ` THEN attempts ELSE 0 END,
-	locked_at       = CASE WHEN ` + inFlightAtStartSQL + ` THEN locked_at END,
-	lease_until     = CASE WHEN ` + inFlightAtStartSQL + ` THEN lease_until END
-WHERE {key} AND CASE WHEN status = 'pending' THEN ` + strings.ReplaceAll(payloadChangedSQL, "first_payload", "$5::text") + ` END
-RETURNING 'refreshed', ` + inFlightAtStartSQL + `, ` + rowColumns
-
-var inFlightAtStartSQL = strings.Replace(inFlightSQL, "clock_timestamp", "statement_timestamp", 1)
+	attempts        = 0,
+	locked_at       = NULL,
+	lease_until     = NULL
+WHERE {key} AND CASE WHEN status = 'pending' AND lease_token IS NULL
+	THEN ` + strings.ReplaceAll(payloadChangedSQL, "first_payload", "$5::text") + ` END
+RETURNING 'refreshed', false, ` + rowColumns
 
 // lookupSQL locks and returns a settled row. The parameters it does not need are named
 // all the same, to have their types.

@@ -35,9 +35,8 @@ var guesses = []string{"none", "created", "refreshed", "existing"}
 //	no status = 'pending' in updateSQL          makes_no_difference/refreshed, rivals/refreshed
 //	no status <> 'pending' in lookupSQL         makes_no_difference/existing, isolation/existing
 //	true for payload changed in updateSQL       makes_no_difference/refreshed
-//	attempts 0, lease_until NULL in updateSQL   makes_no_difference/refreshed, add/refreshed
+//	no lease_token IS NULL in updateSQL         makes_no_difference/refreshed, add/refreshed
 //	version in updateSQL                        makes_no_difference/refreshed, rivals/refreshed
-//	now() for statement_timestamp()             add/refreshed
 //	no FOR UPDATE in lookupSQL                  rivals/existing
 //	no ON CONFLICT in insertSQL                 makes_no_difference/created, add/created
 //	a run not ended by a wrong guess            costs_a_second_round_trip_in_seventeen_at_most

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"math"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -309,7 +310,7 @@ const maybeNotJSONBSQL = `(
 					payload_json::text ~ E'\\\\u0000|(^|[\\s:,[])-?[0-9]+(\\.[0-9]+)?[eE][+-]?[0-9]{4}'
 					OR payload_json::text ~ E'\\\\u[dD][89a-fA-F]'
 					AND payload_json::text ~ E'\\\\\\\\u[dD]|\\\\u[dD][89abAB]..(?!\\\\u[dD][c-fC-F])|(?<!\\\\u[dD][89abAB]..)\\\\u[dD][c-fC-F]')
-				OR pg_catalog.octet_length(payload_json::text) >= 250 AND payload_json::text ~ '[0-9]{20}' AND payload_json::text ~ '[0-9]{250}')`
+				OR pg_catalog.octet_length(payload_json::text) >= 15000 AND payload_json::text ~ '[0-9]{20}' AND payload_json::text ~ '[0-9]{250}')`
 
 // maxLookups bounds how often an add looks again. Each further look takes a
 // rival that created the row and another that deleted it, both within one
@@ -337,9 +338,9 @@ func (s *PGStore) AddNotification(ctx context.Context, tx pgx.Tx, n NewNotificat
 	sql := s.sql.guess[s.recently.guess()][in.key.shape()]
 	for range maxLookups {
 		res, err := scanAdd(tx.QueryRow(ctx, sql,
-			in.key.Type, int8OrNull(in.key.BookingID), int8OrNull(in.key.CandidateTgID),
-			int8OrNull(in.recruiter), textOrNull(string(in.payload)), textOrNull(in.correlation),
-			timeOrNull(in.notBefore), timeOrNull(in.notAfter)))
+			in.key.Type, int8OrNil(in.key.BookingID), int8OrNil(in.key.CandidateTgID),
+			int8OrNil(in.recruiter), textOrNil(string(in.payload)), textOrNil(in.correlation),
+			timeOrNil(in.notBefore), timeOrNil(in.notAfter)))
 		switch {
 		case errors.Is(err, pgx.ErrNoRows):
 			if sql != add { // the guess was wrong
@@ -421,9 +422,23 @@ func timeOrNull(v time.Time) pgtype.Timestamptz {
 
 // scanAdd reads an outcome, in_flight and rowColumns.
 func scanAdd(row pgx.Row) (AddResult, error) {
-	var res AddResult
-	err := scanRow(row, &res.Notification, (*string)(&res.Outcome), &res.InFlight)
+	s := addScanners.Get().(*addScanner)
+	defer addScanners.Put(s)
+	err := s.scan(row, &s.res.Notification, &s.outcome, &s.res.InFlight)
+	res := s.res
+	res.Outcome = Outcome(s.outcome)
+	s.res = AddResult{} // its payload is the caller's
 	return res, err
+}
+
+// addScanners are for results of single adds, which would otherwise cost a dozen
+// allocations each.
+var addScanners = sync.Pool{New: func() any { return new(addScanner) }}
+
+type addScanner struct {
+	rowScanner
+	outcome reusedText
+	res     AddResult
 }
 
 // scanRow reads what stands before rowColumns into before, then those into n.
