@@ -416,9 +416,6 @@ func beyondInteger(id int64) bool { return id < math.MinInt32 || id > math.MaxIn
 
 func int8OrNull(v int64) pgtype.Int8  { return pgtype.Int8{Int64: v, Valid: v != 0} }
 func textOrNull(v string) pgtype.Text { return pgtype.Text{String: v, Valid: v != ""} }
-func timeOrNull(v time.Time) pgtype.Timestamptz {
-	return pgtype.Timestamptz{Time: v, Valid: !v.IsZero()}
-}
 
 // scanAdd reads an outcome, in_flight and rowColumns.
 func scanAdd(row pgx.Row) (AddResult, error) {
