@@ -306,7 +306,7 @@ const typeColumn = 3
 
 // scanFresh reads what freshColumns leaves. Fresh rows are the only ones of their
 // statement.
-func (s *rowScanner) scanFresh(row pgx.Row, n *Notification) error {
+func (s *rowScanner) scanFresh(rows pgx.Rows, n *Notification) error {
 	if s.into == nil {
 		s.into = make([]any, 2) // outcome, in_flight
 		for _, c := range strings.Split(rowColumns, ",") {
@@ -326,7 +326,7 @@ func (s *rowScanner) scanFresh(row pgx.Row, n *Notification) error {
 			s.into = append(s.into, dst)
 		}
 	}
-	if err := row.Scan(s.into...); err != nil {
+	if err := scanRow(rows, s.into); err != nil {
 		return err
 	}
 	n.BookingID, n.CandidateTgID, n.CreatedAt = s.booking.Int64, s.candidate.Int64, utc(s.created)

@@ -3,7 +3,6 @@ package outbox
 import (
 	"cmp"
 	"context"
-	"errors"
 	"log/slog"
 	"slices"
 	"strings"
@@ -23,16 +22,14 @@ func (s *PGStore) Get(ctx context.Context, key Key) (Notification, error) {
 	if _, bad := s.check(NewNotification{Type: key.Type}); bad != nil {
 		return Notification{}, bad
 	}
-	var n Notification
-	err := scanRow(s.pool.QueryRow(ctx, s.sql.get[key.shape()],
-		key.Type, int8OrNull(key.BookingID), int8OrNull(key.CandidateTgID)), &n)
-	if errors.Is(err, pgx.ErrNoRows) {
-		return Notification{}, ErrNotFound
-	}
+	found, err := s.collect(ctx, s.sql.get[key.shape()], key.Type, int8OrNil(key.BookingID), int8OrNil(key.CandidateTgID))
 	if err != nil {
 		return Notification{}, s.explain("get "+key.String(), err)
 	}
-	return n, nil
+	if len(found) == 0 {
+		return Notification{}, ErrNotFound
+	}
+	return found[0], nil
 }
 
 // Filter says which notifications [PGStore.List] and [PGStore.RequeueMatching] are

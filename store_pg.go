@@ -7,7 +7,6 @@ import (
 	"log/slog"
 	"math"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"time"
 
@@ -337,10 +336,10 @@ func (s *PGStore) AddNotification(ctx context.Context, tx pgx.Tx, n NewNotificat
 	add := s.sql.add[in.key.shape()]
 	sql := s.sql.guess[s.recently.guess()][in.key.shape()]
 	for range maxLookups {
-		res, err := scanAdd(tx.QueryRow(ctx, sql,
+		res, err := queryAdd(ctx, tx, sql,
 			in.key.Type, int8OrNil(in.key.BookingID), int8OrNil(in.key.CandidateTgID),
 			int8OrNil(in.recruiter), textOrNil(string(in.payload)), textOrNil(in.correlation),
-			timeOrNil(in.notBefore), timeOrNil(in.notAfter)))
+			timeOrNil(in.notBefore), timeOrNil(in.notAfter))
 		switch {
 		case errors.Is(err, pgx.ErrNoRows):
 			if sql != add { // the guess was wrong
@@ -414,78 +413,4 @@ func (s *PGStore) fits(ctx context.Context, tx pgx.Tx, k Key) (*InvalidError, er
 
 func beyondInteger(id int64) bool { return id < math.MinInt32 || id > math.MaxInt32 }
 
-func int8OrNull(v int64) pgtype.Int8  { return pgtype.Int8{Int64: v, Valid: v != 0} }
 func textOrNull(v string) pgtype.Text { return pgtype.Text{String: v, Valid: v != ""} }
-
-// scanAdd reads an outcome, in_flight and rowColumns.
-func scanAdd(row pgx.Row) (AddResult, error) {
-	s := addScanners.Get().(*addScanner)
-	defer addScanners.Put(s)
-	err := s.scan(row, &s.res.Notification, &s.outcome, &s.res.InFlight)
-	res := s.res
-	res.Outcome = Outcome(s.outcome)
-	s.res = AddResult{} // its payload is the caller's
-	return res, err
-}
-
-// addScanners are for results of single adds, which would otherwise cost a dozen
-// allocations each.
-var addScanners = sync.Pool{New: func() any { return new(addScanner) }}
-
-type addScanner struct {
-	rowScanner
-	outcome reusedText
-	res     AddResult
-}
-
-// scanRow reads what stands before rowColumns into before, then those into n.
-func scanRow(row pgx.Row, n *Notification, before ...any) error {
-	var s rowScanner
-	return s.scan(row, n, before...)
-}
-
-// rowScanner does what scanRow does, for many rows without an allocation for each
-// column of each.
-type rowScanner struct {
-	booking, candidate, recruiter            pgtype.Int8
-	typ, status, correlation                 reusedText
-	receipt, lastError                       pgtype.Text
-	attempts                                 pgtype.Int4
-	created, locked, retry, notAfter, sentAt pgtype.Timestamptz
-	into                                     []any
-}
-
-func (s *rowScanner) scan(row pgx.Row, n *Notification, before ...any) error {
-	s.into = append(append(s.into[:0], before...), &n.ID, &s.typ, &s.booking, &s.candidate, &s.recruiter,
-		(*[]byte)(&n.Payload), &s.correlation, &s.status, &s.attempts, &n.Version, &n.SentVersion, &s.receipt, &s.lastError,
-		&s.created, &s.locked, &s.retry, &s.notAfter, &s.sentAt)
-	if err := row.Scan(s.into...); err != nil {
-		return err
-	}
-	n.Type, n.Status = string(s.typ), Status(s.status)
-	n.BookingID, n.CandidateTgID, n.RecruiterTgID = s.booking.Int64, s.candidate.Int64, s.recruiter.Int64
-	n.CorrelationID, n.Receipt, n.LastError = string(s.correlation), s.receipt.String, s.lastError.String
-	n.Attempts = int(s.attempts.Int32)
-	n.CreatedAt, n.LockedAt, n.NextRetryAt = utc(s.created), utc(s.locked), utc(s.retry)
-	n.NotAfter, n.SentAt = utc(s.notAfter), utc(s.sentAt)
-	return nil
-}
-
-// reusedText is a column that is often the same from row to row, "" for NULL. It
-// keeps the string while it is.
-type reusedText string
-
-// ScanBytes implements [pgtype.BytesScanner].
-func (t *reusedText) ScanBytes(b []byte) error {
-	if string(*t) != string(b) {
-		*t = reusedText(b)
-	}
-	return nil
-}
-
-func utc(t pgtype.Timestamptz) time.Time {
-	if !t.Valid {
-		return time.Time{}
-	}
-	return t.Time.UTC()
-}
