@@ -32,12 +32,18 @@ type Store interface {
 	// AddNotification makes the outbox hold n under its key: a new row where
 	// there was none, a refreshed one while it is pending, and otherwise the
 	// row as it is. It takes one round trip, or two when a rival created the
-	// row in the same moment. (A booking id beyond an integer costs one more until
+	// row in the same moment. It takes two as well where the store has guessed wrong:
+	// after sixteen adds in a row that found the same (no row, a pending, a settled
+	// one) it begins with a statement for just that. So at most one add in seventeen does. A
+	// wrong guess that the key is new draws an id from the sequence, which nothing else that
+	// finds a row does. (A booking id beyond an integer costs one more round trip until
 	// the store has seen that the column is a bigint.)
 	AddNotification(ctx context.Context, tx pgx.Tx, n NewNotification) (AddResult, error)
 
 	// AddNotifications does the same for many, in a number of statements that
-	// does not grow with len(ns), all or nothing: one bad element refuses all of
+	// does not grow with len(ns) (one for each of up to four shapes of key, with and
+	// without booking and candidate, and one more where rivals or a wrong guess
+	// leave something to do), all or nothing: one bad element refuses all of
 	// them with its index in the error. The results are in the order of ns.
 	//
 	// A key given twice is folded as two calls would fold it: the first creates,

@@ -55,7 +55,8 @@ type Config struct {
 	// leased, to be sent; at most 10,000. 0 is 100, and in a backlog twice as many each time
 	// that half of them were sent within a quarter of a second, up to 1,000: large batches
 	// cost the database a quarter less for each row, but of what a slow sender would keep
-	// waiting other relays should have their share. RunOnce takes 100 then.
+	// waiting other relays should have their share. RunOnce takes 100 then, and so does
+	// AtMostOnce, as a crash fails all that is claimed.
 	BatchSize int
 
 	// PollInterval is the longest pause between two claims when nothing is found.
@@ -136,7 +137,7 @@ func New(store Queue, sender Sender, cfg Config) (*Relay, error) {
 	}
 	c := &r.cfg
 	setDefault(&c.Concurrency, 10)
-	r.adaptive = c.BatchSize == 0
+	r.adaptive = c.BatchSize == 0 && c.Delivery == AtLeastOnce
 	setDefault(&c.BatchSize, 100)
 	setDefault(&c.PollInterval, time.Second)
 	setDefault(&c.Lease, time.Minute)

@@ -287,9 +287,12 @@ func TestRun(t *testing.T) {
 	})
 
 	bubble("claims_more_at_a_time_while_batches_are_sent_quickly", func(t *testing.T) {
-		for batch, most := range map[int]int{0: 1000, 100: 100} {
+		for cfg, most := range map[*relay.Config]int{
+			{}: 1000, {BatchSize: 100}: 100,
+			{Delivery: relay.AtMostOnce}: 100, // a crash fails what is claimed
+		} {
 			q := newFakeQueue(10_000)
-			stop := start(t, newRelay(t, q, accept, relay.Config{BatchSize: batch}))
+			stop := start(t, newRelay(t, q, accept, *cfg))
 			advance(10 * time.Second)
 			require.Equal(t, 10_000, q.count(outbox.StatusSent))
 			largest := 0
