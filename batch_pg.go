@@ -142,15 +142,25 @@ UNION ALL
 SELECT CASE WHEN pending THEN 'refreshed' ELSE 'existing' END, in_flight, ` + rowColumns + `
 FROM refresh WHERE NOT dirty`
 
-// newManySQL is what addManySQL does where no key is there; see guess_pg.go. The
-// others it locks in the same order, and does not return. $1 to $9 as for addManySQL, $10 the
-// table, NULL for all columns to come back: what nothing can have changed since it was
-// given does not, from a large batch.
+// newManySQL is what addManySQL does where no key is there; see guess_pg.go. Where
+// one is, it does nothing at all. $1 to $9 as for addManySQL, $10 the table, NULL for all
+// columns to come back: what nothing can have changed since it was given does not, from a
+// large batch.
+//
+// The subquery in look has the planner one way, as in addSQL.
 var newManySQL = `
-WITH look AS MATERIALIZED (SELECT ` + asGivenSQL + ` AS as_given)
+WITH look AS MATERIALIZED (
+	SELECT pg_catalog.bool_or((SELECT true FROM {table} AS o WHERE {keys} ORDER BY type, booking_id, candidate_tg_id LIMIT 1)) AS there,
+		` + asGivenSQL + ` AS as_given
+	FROM (
+		SELECT pg_catalog.unnest((SELECT $1::text[])) AS type, pg_catalog.unnest((SELECT $2::bigint[])) AS booking_id,
+			pg_catalog.unnest((SELECT $3::bigint[])) AS candidate_tg_id
+	) AS i
+)
 ` + insertManySQL + ` SELECT type, booking_id, candidate_tg_id, given_recruiter, given_payload, given_correlation,
 	'pending', 0, pg_catalog.now(), given_not_before, given_not_after, coalesce(new_version, 1)
 FROM (SELECT ` + givenSQL + `) AS given
+WHERE (SELECT there FROM look) IS NULL
 ` + onConflictManySQL + ` RETURNING 'created', false, ` + freshColumns()
 
 // What addManySQL and newManySQL have in common. given unnests in the select list, which

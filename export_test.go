@@ -25,9 +25,10 @@ func (s *PGStore) AlwaysGuess(guess int) {
 // GuessSQL is the statement that a guess has adds of the key begin with.
 func (s *PGStore) GuessSQL(guess int, k Key) string { return s.sql.guess[guess][k.shape()] }
 
-// AddSQL and AddManySQL are the statements for a key with the parts that k has.
+// AddSQL, AddManySQL and NewManySQL are the statements for a key with the parts that k has.
 func (s *PGStore) AddSQL(k Key) string     { return s.sql.add[k.shape()] }
 func (s *PGStore) AddManySQL(k Key) string { return s.sql.addMany[k.shape()] }
+func (s *PGStore) NewManySQL(k Key) string { return s.sql.guessMany[foundNone][k.shape()] }
 
 // ClaimSQL, ExtendSQL and SettleSQL are the statements of delivery.
 func (s *PGStore) ClaimSQL() string  { return s.sql.claim }

@@ -21,13 +21,16 @@ import (
 // a small part of that of all.
 const guessAfter = 16
 
-// insertSQL adds a new key. Where the key is there, it waits for the end of a rival's
-// insert, like addSQL, and returns nothing; an id is drawn from the sequence then.
+// insertSQL adds a new key, and does nothing where a row is there: an INSERT that ends
+// in a conflict would have fired triggers, held the new row against constraints that the
+// one that is there need not mind, and drawn an id. Where a rival inserts the key at the
+// same time it waits, like addSQL.
 const insertSQL = `
 INSERT INTO {table} (type, booking_id, candidate_tg_id, recruiter_tg_id, payload_json, correlation_id,
 	status, attempts, created_at, next_retry_at, not_after)
-VALUES ($1::text, $2::bigint, $3::bigint, $4::bigint, $5::text::json, $6::text,
-	'pending', 0, pg_catalog.now(), $7::timestamptz, $8::timestamptz)
+SELECT $1::text, $2::bigint, $3::bigint, $4::bigint, $5::text::json, $6::text,
+	'pending', 0, pg_catalog.now(), $7::timestamptz, $8::timestamptz
+WHERE (SELECT true FROM {table} WHERE {key} ORDER BY type, booking_id, candidate_tg_id LIMIT 1) IS NULL
 ON CONFLICT (type, booking_id, candidate_tg_id) DO NOTHING
 RETURNING 'created', false, ` + rowColumns
 

@@ -38,6 +38,7 @@ var guesses = []string{"none", "created", "refreshed", "existing"}
 //	no lease_token IS NULL in updateSQL         makes_no_difference/refreshed, add/refreshed
 //	version in updateSQL                        makes_no_difference/refreshed, rivals/refreshed
 //	no FOR UPDATE in lookupSQL                  rivals/existing
+//	no look in insertSQL, newManySQL            of_a_new_key_minds_neither_triggers_nor_constraints...
 //	no ON CONFLICT in insertSQL                 makes_no_difference/created, add/created
 //	a run not ended by a wrong guess            costs_a_second_round_trip_in_seventeen_at_most
 //	'refreshed' for 'unchanged' in addSQL       costs_a_second_round_trip_in_seventeen_at_most
@@ -63,6 +64,21 @@ func TestGuess(t *testing.T) {
 			testGuessMakesNoDifference(t, guess)
 		})
 	}
+
+	// An INSERT that ends in a conflict would mind both.
+	t.Run("of_a_new_key_minds_neither_triggers_nor_constraints_when_wrong", func(t *testing.T) {
+		t.Parallel()
+		db := guessing(1)(t)
+		n := outbox.NewNotification{Type: "a", BookingID: 1, Payload: 1}
+		db.Add(t, n)
+		db.MustExec(t, `ALTER TABLE outbox_notifications ADD CHECK (payload_json IS NOT NULL);
+			CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'closed'; END $$;
+			CREATE TRIGGER refuse BEFORE INSERT ON outbox_notifications FOR EACH ROW EXECUTE FUNCTION refuse()`)
+		n.Payload, n.RecruiterTgID = nil, 5
+		require.EqualValues(t, 2, db.Add(t, n).Notification.Version)
+		n.RecruiterTgID = 6
+		require.EqualValues(t, 3, db.AddMany(t, n)[0].Notification.Version)
+	})
 
 	t.Run("add many/created", func(t *testing.T) {
 		t.Parallel()

@@ -34,9 +34,8 @@ type Store interface {
 	// row as it is. It takes one round trip, or two when a rival created the
 	// row in the same moment. It takes two as well where the store has guessed wrong:
 	// after sixteen adds in a row that found the same (no row, a pending, a settled
-	// one) it begins with a statement for just that. So at most one add in seventeen does. A
-	// wrong guess that the key is new draws an id from the sequence, which nothing else that
-	// finds a row does. (A booking id beyond an integer costs one more round trip until
+	// one) it begins with a statement for just that. So at most one add in seventeen does.
+	// (A booking id beyond an integer costs one more round trip until
 	// the store has seen that the column is a bigint.)
 	AddNotification(ctx context.Context, tx pgx.Tx, n NewNotification) (AddResult, error)
 
