@@ -214,31 +214,30 @@ func freshColumns() string {
 // twice, then for each shape of key one that adds. Keys that it did not return need
 // one more: the guess that all are new was wrong, or rivals added them meanwhile.
 //
-// The order in which keys are locked is that of compareKeys. All of them are locked
-// by the first statement for their shape.
+// The order in which keys are locked is that of compareKeys. A wrong guess has locked
+// nothing, and otherwise the first statement locks all keys of its shape; so a shape is
+// done with before the next one begins.
 func (s *PGStore) addMany(ctx context.Context, tx pgx.Tx, ins []input, results []AddResult) error {
 	order := keyOrder(ins)
 	same, err := samePayloads(ctx, tx, ins, order)
 	if err != nil {
 		return err
 	}
-	keys := fold(ins, order, same)
-	sql := &s.sql.guessMany[s.recently.guess()]
-	for range 3 {
-		for shape, group := range byShape(keys) {
-			if len(group) > 0 {
-				if err := s.addGroup(ctx, tx, sql[shape], sql[shape] != s.sql.addMany[shape], group, results); err != nil {
-					return err
-				}
+	guess := s.sql.guessMany[s.recently.guess()]
+	for shape, keys := range byShape(fold(ins, order, same)) {
+		add := s.sql.addMany[shape]
+		for tries, sql := 0, guess[shape]; len(keys) > 0; tries, sql = tries+1, add {
+			if tries == 3 {
+				return fmt.Errorf("%s: %w", keys[0].key, errNoRow)
 			}
+			if err := s.addGroup(ctx, tx, sql, sql != add, keys, results); err != nil {
+				return err
+			}
+			keys = slices.DeleteFunc(keys, func(f folded) bool { return f.done })
 		}
-		if keys = slices.DeleteFunc(keys, func(f folded) bool { return f.done }); len(keys) == 0 {
-			s.recently.sawMany(results)
-			return nil
-		}
-		sql = &s.sql.addMany
 	}
-	return fmt.Errorf("%s: %w", keys[0].key, errNoRow)
+	s.recently.sawMany(results)
+	return nil
 }
 
 // addGroup runs addManySQL or, with allNew, newManySQL for keys of one shape.
@@ -252,10 +251,10 @@ func (s *PGStore) addGroup(ctx context.Context, tx pgx.Tx, sql string, allNew bo
 		newColumn(keys, func(f *folded) any { return timeOrNil(f.notAfter) }),
 		newColumn(keys, func(f *folded) any { return f.ifAgain(f.version) }),
 	}
+	var table pgtype.Text // NULL: all columns come back
 	if allNew {
-		table := textOrNull(s.table)
-		if len(keys) < minAsGiven || keys[0].key.Type != keys[len(keys)-1].key.Type {
-			table = pgtype.Text{} // for the type is among what does not come back
+		if len(keys) >= minAsGiven && keys[0].key.Type == keys[len(keys)-1].key.Type { // the type is among what does not
+			table = textOrNull(s.table)
 		}
 		args = append(args, table)
 	} else {
@@ -277,7 +276,7 @@ func (s *PGStore) addGroup(ctx context.Context, tx pgx.Tx, sql string, allNew bo
 	next := 0 // rows of one outcome come in the order of the keys
 	for rows.Next() {
 		n.Payload = nil
-		asGiven := rows.RawValues()[typeColumn] == nil
+		asGiven := table.Valid && rows.RawValues()[typeColumn] == nil
 		if asGiven {
 			err = scanner.scanFresh(rows, n)
 			n.Type, outcome = keys[0].key.Type, reusedText(OutcomeCreated)
@@ -311,7 +310,7 @@ func (s *PGStore) addGroup(ctx context.Context, tx pgx.Tx, sql string, allNew bo
 	return rows.Err()
 }
 
-// typeColumn is the place of the type among the columns of addManySQL.
+// typeColumn is the place of the type among the columns of newManySQL.
 const typeColumn = 3
 
 // scanFresh reads what freshColumns leaves. Fresh rows are the only ones of their

@@ -6,10 +6,12 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"slices"
+	"sync"
 	"testing"
 	"time"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
 	"github.com/seed3357934d/outbox"
@@ -134,6 +136,31 @@ func testAddNotifications(t *testing.T, guess int) {
 		}
 	})
 
+	// Fails when a guess for one shape of key is put right after the next shape is locked.
+	t.Run("does_not_deadlock_with_one_that_guesses_otherwise", func(t *testing.T) {
+		t.Parallel()
+		db := newDB(t)
+		guessing, err := outbox.NewPGStore(db.Pool, outbox.Config{Logger: discard})
+		require.NoError(t, err)
+		guessing.AlwaysGuess(1)
+		ns := []outbox.NewNotification{{Type: "a", BookingID: 1, CandidateTgID: 1}, {Type: "a", BookingID: 1}, {Type: "a", CandidateTgID: 1}, {Type: "a"}}
+		for round := range 12 {
+			db.MustExec(t, "DELETE FROM outbox_notifications")
+			db.Add(t, ns[round%len(ns)])
+			var wg sync.WaitGroup
+			for worker := range 6 {
+				store := []*outbox.PGStore{db.Store, guessing}[worker%2]
+				wg.Go(func() {
+					assert.NoError(t, pgx.BeginFunc(t.Context(), db.Pool, func(tx pgx.Tx) error {
+						_, err := store.AddNotifications(t.Context(), tx, ns)
+						return err
+					}))
+				})
+			}
+			wg.Wait()
+		}
+	})
+
 	t.Run("opposite_orders_do_not_deadlock", func(t *testing.T) {
 		t.Parallel()
 		db := newDB(t)
@@ -247,8 +274,7 @@ func testAddNotifications(t *testing.T, guess int) {
 		}
 	})
 
-	// Fails when the look at the range leaves out either end, when it is used for keys of
-	// several types, and when created inserts found keys as well.
+	// Fails when created inserts found keys as well.
 	t.Run("finds_a_key_anywhere_in_a_batch", func(t *testing.T) {
 		t.Parallel()
 		db := newDB(t)

@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/rand"
 	"encoding/hex"
+	"fmt"
 	"math"
 	"slices"
 	"time"
@@ -129,24 +130,24 @@ type Claimed struct {
 // $1 limit, $2 token, $3 token of rows on which another lease ran out, $4 lease in
 // microseconds, $5 types or NULL, $6 max attempts or 0, $7 at most once, $8 reconcile,
 // $9 ids not to claim or NULL; looked through only for rows that bear a token. $10
-// suspects, $11 token of suspects, $12 in turn, $13 what
-// the advisory lock is for, $14 microseconds since 1970 or NULL: due since.
+// suspects, $11 token of suspects, $12 in turn, $13 what the advisory lock is for, $14
+// microseconds since 1970 or NULL: due since.
 //
 // Every claim holds the advisory lock of turnSQL if it is free, until it ends; only one
-// that is to take turns goes without rows if it is not. (With OR in place of CASE the planner
-// would leave out the attempt.)
+// that is to take turns goes without rows if it is not. (With OR in place of CASE the
+// planner would leave out the attempt.)
 //
 // SKIP LOCKED passes over rows that a caller holds in an open add, and rows that
-// another relay is claiming: nobody waits here. now() is this statement's start, as
-// it is a transaction of its own: a lease counted from there ends rather too early
+// another relay is claiming: nobody waits here. now() is the start of the transaction,
+// which is this statement and turnSQL: a lease counted from there ends rather too early
 // than too late for whoever holds it, and unlike clock_timestamp() it can be
 // compared through the index. The rows are then found by ctid, which their locks
 // keep in place; with an array there is only one plan for that (TestClaimPlan).
 //
 // Rows that bear one of our tokens were claimed by the same call before, whose
-// answer was lost: they get a longer lease, and it is for their content of now, as nothing has
-// been sent. attempts rises here and not when the row is settled, so that a message that kills its process
-// is counted.
+// answer was lost: they get a longer lease, and it is for their content of now, as
+// nothing has been sent. attempts rises here and not when the row is settled, so that a
+// message that kills its process is counted.
 const claimSQL = `
 WITH turn AS MATERIALIZED (
 	SELECT CASE WHEN pg_catalog.pg_try_advisory_xact_lock(pg_catalog.hashtextextended($13::text, 0)) THEN true ELSE NOT $12::bool END AS mine
@@ -214,7 +215,7 @@ const (
 // like. But a plan that PostgreSQL has made and kept while the table was nearly empty would
 // read all of it until the next ANALYZE, in a backlog for each claim; and where it thinks
 // that a plan for the values at hand is better, it makes one each time, which takes
-// longer than a small claim.
+// longer than a small claim. Triggers on the table run under these settings.
 const byIndexSQL = `pg_catalog.set_config('plan_cache_mode', 'force_generic_plan', true),
 	pg_catalog.set_config('enable_seqscan', 'off', true), pg_catalog.set_config('enable_bitmapscan', 'off', true)`
 
@@ -228,7 +229,7 @@ const turnSQL = `SELECT coalesce(CASE WHEN $2::bool THEN pg_catalog.pg_try_advis
 //
 // It takes the rows that are free: it waits neither for callers that hold a row in
 // an open transaction nor for other relays, and no row is leased to two at once. It
-// runs on the store's pool in one round trip. Bad options are an [InvalidError].
+// runs on the store's pool, as two statements sent together. Bad options are an [InvalidError].
 func (s *PGStore) Claim(ctx context.Context, opts ClaimOptions) (ClaimResult, error) {
 	switch {
 	case opts.Limit < 1:
@@ -253,7 +254,7 @@ func (s *PGStore) Claim(ctx context.Context, opts ClaimOptions) (ClaimResult, er
 		opts.Token = NewToken()
 	}
 	var res ClaimResult
-	lock := s.claimLock()
+	lock := s.claimLock(opts.Types)
 	since := pgtype.Int8{Int64: opts.Since.UnixMicro(), Valid: !opts.Since.IsZero()}
 	args := []any{opts.Limit, uuid(opts.Token), uuid(opts.Token.with(resumedBit)), opts.Lease.Microseconds(), opts.Types,
 		opts.MaxAttempts, opts.AtMostOnce, opts.Reconcile, opts.Except, int(opts.Suspects), uuid(opts.Token.with(resumedBit | suspectBit)),
@@ -281,8 +282,11 @@ func (s *PGStore) Claim(ctx context.Context, opts ClaimOptions) (ClaimResult, er
 	return res, nil
 }
 
-// claimLock names what the advisory lock of turnSQL is for.
-func (s *PGStore) claimLock() string { return "outbox claim " + s.table }
+// claimLock names what the advisory lock of turnSQL is for. Claims of other types are
+// not in the way.
+func (s *PGStore) claimLock(types []string) string {
+	return fmt.Sprintf("outbox claim %s %q", s.table, slices.Sorted(slices.Values(types)))
+}
 
 // read reads what claimSQL returns of limit rows at most.
 func (res *ClaimResult) read(rows pgx.Rows, limit int) error {
@@ -384,7 +388,7 @@ WITH given AS MATERIALIZED (
 // Extend gives each lease a new end, d from now by the database's clock, and
 // returns what became of each, in the order given: done, held or stale. A lease
 // that has ended may be extended as long as nobody else has claimed the row. It runs
-// on the store's pool in one statement and waits for nobody.
+// on the store's pool, as two statements sent together, and waits for nobody.
 func (s *PGStore) Extend(ctx context.Context, leases []Lease, d time.Duration) ([]LeaseResult, error) {
 	if d < time.Microsecond {
 		return nil, invalid("d", "%v is not positive", d)
@@ -470,8 +474,8 @@ UNION ALL
 const supersededSQL = `(version <> coalesce(lease_version, version))`
 
 // Settle ends leases, each as its verdict says if its token still matches, and
-// returns what became of each, in the order given. It runs on the store's pool in
-// one statement and waits for nobody: what another transaction holds is reported as
+// returns what became of each, in the order given. It runs on the store's pool, as
+// two statements sent together, and waits for nobody: what another transaction holds is reported as
 // held and should be tried again. Bad input is an [InvalidError] about the
 // element's index; then none is settled.
 func (s *PGStore) Settle(ctx context.Context, settlements []Settlement) ([]LeaseResult, error) {

@@ -1102,3 +1102,46 @@ func TestPlansOfDeliveryLast(t *testing.T) {
 	require.Equal(t, before, scanned())
 	require.Zero(t, pgtest.One[int64](t, pool, "SELECT coalesce(sum(custom_plans), 0)::bigint FROM pg_prepared_statements WHERE statement LIKE '%MATERIALIZED%'"))
 }
+
+// TestDeliveryLeavesNoTrace shows that the settings and the lock of a claim and a settle
+// end with their transaction, also if that fails.
+func TestDeliveryLeavesNoTrace(t *testing.T) {
+	t.Parallel()
+	for _, mode := range []pgx.QueryExecMode{pgx.QueryExecModeCacheStatement, pgx.QueryExecModeCacheDescribe,
+		pgx.QueryExecModeDescribeExec, pgx.QueryExecModeExec, pgx.QueryExecModeSimpleProtocol} {
+		t.Run(mode.String(), func(t *testing.T) {
+			t.Parallel()
+			db := pgtest.NewDB(t)
+			pool := pgtest.NewPool(t, db.URL, func(cfg *pgxpool.Config) {
+				cfg.ConnConfig.DefaultQueryExecMode, cfg.MaxConns = mode, 1
+			})
+			store, err := outbox.NewPGStore(pool, outbox.Config{})
+			require.NoError(t, err)
+			state := func(q interface {
+				QueryRow(context.Context, string, ...any) pgx.Row
+			}) string {
+				return pgtest.One[string](t, q, `SELECT concat_ws(' ', current_setting('plan_cache_mode'), current_setting('enable_seqscan'),
+					current_setting('enable_bitmapscan'), (SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND pid = pg_backend_pid()))`)
+			}
+			before := state(pool)
+			db.Add(t, outbox.NewNotification{Type: "a"})
+			db.MustExec(t, `CREATE TABLE seen (state text);
+				CREATE FUNCTION see() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+					INSERT INTO seen VALUES (concat_ws(' ', current_setting('plan_cache_mode'), current_setting('enable_seqscan'))); RETURN NEW; END $$;
+				CREATE TRIGGER see BEFORE UPDATE ON outbox_notifications FOR EACH ROW EXECUTE FUNCTION see()`)
+			res, err := store.Claim(t.Context(), outbox.ClaimOptions{Limit: 1, Lease: time.Minute, InTurn: true})
+			require.NoError(t, err)
+			require.Len(t, res.Claimed, 1)
+			require.Equal(t, before, state(pool))
+			_, err = store.Settle(t.Context(), []outbox.Settlement{{Lease: res.Claimed[0].Lease, Verdict: outbox.Delivered}})
+			require.NoError(t, err)
+			require.Equal(t, before, state(pool))
+			require.Equal(t, "force_generic_plan off|force_generic_plan off", pgtest.One[string](t, db, "SELECT string_agg(state, '|') FROM seen"))
+
+			db.MustExec(t, "ALTER TABLE outbox_notifications RENAME receipt TO gone")
+			_, err = store.Claim(t.Context(), outbox.ClaimOptions{Limit: 1, Lease: time.Minute, InTurn: true})
+			require.Error(t, err)
+			require.Equal(t, before, state(pool))
+		})
+	}
+}

@@ -34,7 +34,7 @@ func (s *PGStore) NewManySQL(k Key) string { return s.sql.guessMany[foundNone][k
 func (s *PGStore) ClaimSQL() string  { return s.sql.claim }
 func (s *PGStore) ExtendSQL() string { return s.sql.extend }
 func (s *PGStore) SettleSQL() string { return s.sql.settle }
-func (s *PGStore) ClaimLock() string { return s.claimLock() }
+func (s *PGStore) ClaimLock() string { return s.claimLock(nil) }
 
 // The statements of the operator's side.
 func (s *PGStore) RequeueSQL(k Key) string            { return s.sql.requeue[k.shape()] }

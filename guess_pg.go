@@ -11,8 +11,8 @@ import (
 // the server. So after a run of adds that ended alike the store guesses that the next
 // one will, too, and runs a statement that can do nothing else. That one returns a row
 // only if it has done all of what addSQL would have done; where it returns none,
-// addSQL follows. A wrong guess ends the run, so at most one add in guessAfter + 1
-// costs a second round trip.
+// addSQL follows. A wrong guess ends the run, so of adds one after the other at most one
+// in guessAfter + 1 costs a second round trip. A batch counts for as many adds as it has.
 //
 // The statements have the parameters of addSQL, and return the same columns.
 

@@ -34,7 +34,8 @@ type Store interface {
 	// row as it is. It takes one round trip, or two when a rival created the
 	// row in the same moment. It takes two as well where the store has guessed wrong:
 	// after sixteen adds in a row that found the same (no row, a pending, a settled
-	// one) it begins with a statement for just that. So at most one add in seventeen does.
+	// one) it begins with a statement for just that. Of adds one after the other at most
+	// one in seventeen does.
 	// (A booking id beyond an integer costs one more round trip until
 	// the store has seen that the column is a bigint.)
 	AddNotification(ctx context.Context, tx pgx.Tx, n NewNotification) (AddResult, error)

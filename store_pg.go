@@ -180,7 +180,7 @@ func prepare(table string) statements {
 	return st
 }
 
-// rowColumns is what scanRow reads.
+// rowColumns is what rowScanner reads.
 const rowColumns = `id, type, booking_id, candidate_tg_id, recruiter_tg_id, payload_json, correlation_id,
 	status, attempts, version, sent_version, receipt, last_error,
 	created_at, locked_at, next_retry_at, not_after, sent_at`
@@ -255,7 +255,7 @@ SELECT CASE WHEN found_id IS NULL THEN 'existing' ELSE 'unchanged' END, coalesce
 FROM found LEFT JOIN (SELECT found_id, in_flight FROM refresh) AS pending ON found_id = id
 WHERE NOT EXISTS (SELECT FROM refreshed)`
 
-// refreshSQL writes what refresh, in addSQL and in refreshManySQL, has worked out.
+// refreshSQL writes what refresh, in addSQL and in addManySQL, has worked out.
 const refreshSQL = `UPDATE {table} SET
 		recruiter_tg_id = coalesce(given_recruiter, recruiter_tg_id),
 		payload_json    = CASE WHEN payload_written THEN coalesce(given_payload::json, payload_json) ELSE payload_json END,

@@ -35,10 +35,10 @@ import (
 //	the cast to jsonb unguarded                TestAddNotification/survives_a_stored_payload_that_jsonb_refuses
 //	check returns nil                          TestInvalid
 //	\u0000, depth, range left out of the check TestInvalid, FuzzPayload
-//	DO NOTHING in insertManySQL                TestAddNotifications/locks_a_rivals_new_row_in_its_turn
+//	DO NOTHING in addManySQL                   TestAddNotifications/locks_a_rivals_new_row_in_its_turn
 //	no sort in addMany                         TestAddNotifications/opposite_orders_do_not_deadlock
-//	no FOR UPDATE in insertManySQL             TestRivals/is_kept_waiting_by_a_settled_row_that_was_returned
-//	no NOT EXISTS in insertManySQL             TestAddNotification/draws_no_id_for_a_repeat
+//	no FOR UPDATE in addManySQL                TestRivals/is_kept_waiting_by_a_settled_row_that_was_returned
+//	found keys inserted, too, in addManySQL    TestAddNotification/draws_no_id_for_a_repeat
 //	fold: version++, together, firstPayload    TestAddNotifications/folds_a_key_given_twice_as_two_calls_would
 //	no ORDER BY ... LIMIT 1 in a lookup        TestPlan
 //	IS NOT DISTINCT FROM in a lookup           TestPlan

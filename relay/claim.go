@@ -65,6 +65,11 @@ func (r *run) claimOn(ctx context.Context) error {
 			_ = sleep(ctx, trouble.pause())
 			if errors.Is(err, context.DeadlineExceeded) {
 				r.awaitAnswer(ctx, &trouble)
+				// The database answers, but not to this. What the claim leased after all comes
+				// back at the end of its lease.
+				if since.IsZero() && horizon.timedOut() {
+					token, repeating = outbox.NewToken(), false
+				}
 			}
 			continue
 		}

@@ -14,9 +14,11 @@ import "time"
 //
 // The times are those of the database's clock. It belongs to one goroutine.
 type horizon struct {
-	last time.Time     // when the last row that was claimed fell due; zero: not known
-	slow time.Duration // what the last whole claim took; 0: it was quick
-	at   time.Time     // when that ended
+	last  time.Time     // when the last row that was claimed fell due; zero: not known
+	slow  int           // whole claims running that were slow; one may have been an accident
+	took  time.Duration // by the last of them
+	every time.Duration // how long after a whole claim the next one is made
+	at    time.Time     // when the last whole claim ended
 }
 
 const (
@@ -29,7 +31,7 @@ const (
 
 // since is from where to claim; zero: from the beginning.
 func (h *horizon) since() time.Time {
-	if h.slow == 0 || h.last.IsZero() || time.Since(h.at) >= min(wholeShare*h.slow, wholeLeast) {
+	if h.slow < 2 || h.last.IsZero() || time.Since(h.at) >= h.every {
 		return time.Time{}
 	}
 	return h.last.Add(-overlap)
@@ -39,12 +41,27 @@ func (h *horizon) since() time.Time {
 // that it was to find if full, the last of which fell due at last.
 func (h *horizon) claimed(since time.Time, took time.Duration, found int, full bool, last time.Time) {
 	if since.IsZero() {
-		h.slow, h.at = took, time.Now()
+		h.at = time.Now()
 		if took < quickClaim+time.Duration(found)*quickRow {
-			h.slow = 0
+			h.slow, h.took = 0, 0
+		} else {
+			// The lesser of two, so that one accident does not put off the next for long.
+			h.every = min(wholeShare*took, wholeLeast)
+			if h.slow > 0 {
+				h.every = min(wholeShare*h.took, h.every)
+			}
+			h.slow, h.took = h.slow+1, took
 		}
 	}
 	if full || last.After(h.last) { // what is behind a full claim has been claimed, but nothing else
 		h.last = last
 	}
+}
+
+// timedOut takes note of a whole claim that had no answer in time, and reports whether
+// there is a way on without another one.
+func (h *horizon) timedOut() bool {
+	h.slow, h.took = h.slow+1, wholeLeast
+	h.every, h.at = wholeLeast, time.Now()
+	return !h.since().IsZero()
 }

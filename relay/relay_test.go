@@ -326,6 +326,40 @@ func TestRun(t *testing.T) {
 		require.NoError(t, stop())
 	})
 
+	// An answer that does not come in time is not waited for again and again.
+	bubble("goes_on_where_it_was_when_whole_claims_have_no_answer_in_time", func(t *testing.T) {
+		q := &slowWhole{fakeQueue: newFakeQueue(1)}
+		stop := start(t, newRelay(t, q, accept, relay.Config{}))
+		advance(10 * time.Second)
+		q.takes.Store(int64(25 * time.Second))
+		for i := range int64(600) {
+			q.add(i + 10)
+			advance(time.Second)
+		}
+		require.Greater(t, q.count(outbox.StatusSent), 500)
+		q.takes.Store(0)
+		advance(2 * time.Minute)
+		require.Equal(t, 601, q.count(outbox.StatusSent))
+		require.NoError(t, stop())
+	})
+
+	bubble("takes_one_slow_claim_for_an_accident", func(t *testing.T) {
+		q := newFakeQueue(1)
+		claims := 0
+		q.takes = func(outbox.ClaimOptions) time.Duration {
+			if claims++; claims == 3 {
+				return 4 * time.Second
+			}
+			return time.Millisecond
+		}
+		stop := start(t, newRelay(t, q, accept, relay.Config{}))
+		advance(10 * time.Second)
+		q.addAt(500, q.now().Add(-time.Hour)) // as a requeued row is
+		advance(2 * time.Second)
+		require.Equal(t, outbox.StatusSent, q.row(500).Status)
+		require.NoError(t, stop())
+	})
+
 	bubble("begins_where_it_was_while_whole_claims_take_long", func(t *testing.T) {
 		q := newFakeQueue(0)
 		q.takes = func(opts outbox.ClaimOptions) time.Duration {
@@ -377,7 +411,7 @@ func TestRun(t *testing.T) {
 			return time.Millisecond
 		}
 		stop := start(t, newRelay(t, q, accept, relay.Config{}))
-		advance(11 * time.Second)
+		advance(22 * time.Second) // two slow ones: the first may have been an accident
 		require.Equal(t, outbox.StatusSent, q.row(1).Status)
 		for i := range 500 { // fallen due in the past
 			q.addAt(int64(i+2), q.now().Add(-time.Hour))
@@ -872,6 +906,23 @@ func (q *losingQueue) Claim(ctx context.Context, opts outbox.ClaimOptions) (outb
 		return outbox.ClaimResult{}, errors.New("connection reset by peer")
 	}
 	return res, err
+}
+
+// slowWhole has claims from the beginning take long, and end with their ctx.
+type slowWhole struct {
+	*fakeQueue
+	takes atomic.Int64
+}
+
+func (q *slowWhole) Claim(ctx context.Context, opts outbox.ClaimOptions) (outbox.ClaimResult, error) {
+	if took := time.Duration(q.takes.Load()); took > 0 && opts.Since.IsZero() {
+		select {
+		case <-ctx.Done():
+			return outbox.ClaimResult{}, ctx.Err()
+		case <-time.After(took):
+		}
+	}
+	return q.fakeQueue.Claim(ctx, opts)
 }
 
 func TestShutdown(t *testing.T) {
