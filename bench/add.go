@@ -193,7 +193,7 @@ func addSettled(ctx context.Context, b *bench) error {
 // addMixed has no run of adds that find the same: of five, three are new, one is of a
 // pending and one of a settled key.
 func addMixed(ctx context.Context, b *bench) error {
-	mixed := func(i int64) (key, revision int64) {
+	return b.mixed(ctx, func(i int64) (key, revision int64) {
 		switch i % 5 {
 		case 3:
 			return 2 + 2*i%int64(b.preload), i // even
@@ -202,7 +202,25 @@ func addMixed(ctx context.Context, b *bench) error {
 		default:
 			return int64(b.preload) + i, 0
 		}
-	}
+	})
+}
+
+// addWrong has the store guess wrong as often as it can: after sixteen new keys comes a
+// pending one.
+func addWrong(ctx context.Context, b *bench) error {
+	few := *b
+	few.conns = b.conns[:1]
+	return few.mixed(ctx, func(i int64) (key, revision int64) {
+		if i%17 == 16 {
+			return 2 + 2*i%int64(b.preload), i
+		}
+		return int64(b.preload) + i, 0
+	})
+}
+
+// mixed compares adds of keys of which the even ones are pending, the odd ones are sent,
+// and those above the first are new, which have revision 0.
+func (b *bench) mixed(ctx context.Context, choose pick) error {
 	halfSent := func(a adder) adder {
 		return adder{a.name, func(ctx context.Context, b *bench, schema, status string, conns int) (*place, func(pick) op, error) {
 			p, do, err := a.make(ctx, b, schema, status, conns)
@@ -216,7 +234,7 @@ func addMixed(ctx context.Context, b *bench) error {
 			return p, do, p.settle(ctx)
 		}}
 	}
-	return b.adds(ctx, "", "pending", bareMixed.name, 0, mixed, halfSent(bareMixed), halfSent(twoStatements), halfSent(ours))
+	return b.adds(ctx, "", "pending", bareMixed.name, 0, choose, halfSent(bareMixed), halfSent(twoStatements), halfSent(ours))
 }
 
 // adds compares at each number of connections. Work names the target; "": there is none.

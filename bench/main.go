@@ -148,6 +148,7 @@ var sections = []struct {
 	{"add/unchanged", "Add, repeat of a pending key, nothing changed", addUnchanged},
 	{"add/settled", "Add, repeat of a settled key", addSettled},
 	{"add/mixed", "Add, of five three new, one pending, one settled, one after the other", addMixed},
+	{"add/wrong", "Add, after sixteen new keys one that is pending, so that each guess is wrong", addWrong},
 	{"wire", "Round trips and WAL of one add", wire},
 	{"goside", "Go side of one add", goSide},
 	{"batch", "Many in one transaction", batches},

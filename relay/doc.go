@@ -39,8 +39,8 @@
 //
 // A due row is claimed by the next claim, oldest first, but for one case: a transaction
 // that is held open anywhere in the cluster keeps PostgreSQL from removing the index
-// entries of delivered rows, and when claims take long on that account, they begin two
-// seconds before the last row claimed. A row that falls due before that, as it was
+// entries of delivered rows, and when claims take long on that account (or because the
+// database is far away), they begin two seconds before the last row claimed. A row that falls due before that, as it was
 // requeued or refreshed, its lease ended or its caller was long about the commit, waits
 // for the next claim from the beginning: 20 times as long as the last one took, a minute
 // at most.
