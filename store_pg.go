@@ -198,12 +198,11 @@ const rowColumns = `id, type, booking_id, candidate_tg_id, recruiter_tg_id, payl
 // index and the limit keep it from scanning the table for the many it expects
 // (TestPlan).
 //
-// refresh says what a refresh of it means: nothing for a row that is not pending.
-// in_flight is worked out after the lock is held, by the clock and not by the
-// transaction's start, which may be long ago. OFFSET 0 keeps the planner from
-// parsing the payload as jsonb where nothing is compared. refreshed writes only if
-// something changes. A lease that has expired, and a lock without a token, is
-// cleared, but the token stays: it says that the outcome of a delivery is unknown,
+// refreshed writes what a refresh changes, and nothing if it changes nothing or the row
+// is not pending. in_flight is worked out after the lock is held, by the clock and not
+// by the transaction's start, which may be long ago. OFFSET 0 has it, and the comparison
+// of the payloads, worked out once. A lease that has expired, and a lock without a token,
+// is cleared, but the token stays: it says that the outcome of a delivery is unknown,
 // and until the row is claimed anew it lets that delivery report after all.
 //
 // created inserts if nothing was found. FOR UPDATE cannot lock a row that does
@@ -215,29 +214,13 @@ const rowColumns = `id, type, booking_id, candidate_tg_id, recruiter_tg_id, payl
 // integer column.
 //
 // Functions are qualified: the search_path is the caller's.
-const addSQL = `
+var addSQL = `
 WITH found AS MATERIALIZED (
 	SELECT ` + rowColumns + `, lease_token, lease_until
 	FROM {table}
 	WHERE {key}
 	ORDER BY type, booking_id, candidate_tg_id LIMIT 1
 	FOR UPDATE
-), refresh AS MATERIALIZED (
-	SELECT *, bump > 0 OR ` + otherwiseDirtySQL + ` AS dirty
-	FROM (
-		SELECT *, (recruiter_changed OR payload_written)::int AS bump
-		FROM (
-			SELECT id AS found_id, ` + refreshInputSQL + `,
-				given.*, ` + inFlightSQL + ` AS in_flight,
-				recruiter_tg_id IS DISTINCT FROM coalesce(given_recruiter, recruiter_tg_id) AS recruiter_changed,
-				` + payloadChangedSQL + ` AS payload_written
-			FROM found, (SELECT $4::bigint, $5::text, $5::text, $6::text, $7::timestamptz, $8::timestamptz OFFSET 0)
-				AS given (given_recruiter, given_payload, first_payload, given_correlation, given_not_before, given_not_after)
-			WHERE status = 'pending'
-		) AS compared
-	) AS counted
-), refreshed AS (
-	` + refreshSQL + `
 ), created AS (
 	INSERT INTO {table} (type, booking_id, candidate_tg_id, recruiter_tg_id, payload_json, correlation_id,
 		status, attempts, created_at, next_retry_at, not_after)
@@ -246,13 +229,29 @@ WITH found AS MATERIALIZED (
 	WHERE NOT EXISTS (SELECT FROM found)
 	ON CONFLICT (type, booking_id, candidate_tg_id) DO NOTHING
 	RETURNING ` + rowColumns + `
+), refreshed AS (
+	` + strings.Replace(refreshSQL, "FROM refresh WHERE", `FROM (
+		SELECT *, bump > 0 OR `+otherwiseDirtySQL+` AS dirty
+		FROM (
+			SELECT *, (payload_written OR recruiter_tg_id IS DISTINCT FROM coalesce(given_recruiter, recruiter_tg_id))::int AS bump
+			FROM (
+				SELECT id AS found_id, recruiter_tg_id, `+refreshInputSQL+`,
+					$4::bigint AS given_recruiter, $5::text AS given_payload, $6::text AS given_correlation,
+					$7::timestamptz AS given_not_before, $8::timestamptz AS given_not_after, `+inFlightSQL+` AS in_flight,
+					`+strings.ReplaceAll(payloadChangedSQL, "first_payload", "$5::text")+` AS payload_written
+				FROM found
+				WHERE status = 'pending'
+				OFFSET 0
+			) AS compared
+		) AS counted
+	) AS refresh WHERE`, 1) + `
 )
 SELECT 'created', false, ` + rowColumns + ` FROM created
 UNION ALL
 SELECT 'refreshed', in_flight, ` + rowColumns + ` FROM refreshed
 UNION ALL
-SELECT CASE WHEN found_id IS NULL THEN 'existing' ELSE 'unchanged' END, coalesce(in_flight, false), ` + rowColumns + `
-FROM found LEFT JOIN (SELECT found_id, in_flight FROM refresh) AS pending ON found_id = id
+SELECT CASE WHEN status = 'pending' THEN 'unchanged' ELSE 'existing' END, status = 'pending' AND ` + inFlightSQL + `, ` + rowColumns + `
+FROM found
 WHERE NOT EXISTS (SELECT FROM refreshed)`
 
 // refreshSQL writes what refresh, in addSQL and in addManySQL, has worked out.

@@ -60,7 +60,7 @@ type Config struct {
 	BatchSize int
 
 	// PollInterval is the longest pause between two claims when nothing is found.
-	// 0 is 1 s. After a find the pauses begin at 5 ms and grow to it; after a full batch
+	// 0 is 1 s. After a find the pauses begin at 4 ms and grow to it; after a full batch
 	// there is none.
 	PollInterval time.Duration
 

@@ -11,7 +11,7 @@ import (
 )
 
 const (
-	firstPause   = 5 * time.Millisecond   // between two claims, after one that found something
+	firstPause   = 4 * time.Millisecond   // between two claims, after one that found something
 	turnPatience = time.Second            // in waiting for other relays' claims
 	longestTurn  = 100 * time.Millisecond // between two looks whether they are over
 	largestBatch = 1000                   // where BatchSize is left to the relay
