@@ -66,7 +66,7 @@ func large(ctx context.Context, b *bench) (err error) {
 	if err != nil {
 		return err
 	}
-	b.rep.printf("\nThe cost in the small table is 1; the ratios are of costs.\n\n")
+	b.rep.printf("\nThey are small, large and later, in this order. The cost in the small table is 1; the ratios are of costs.\n\n")
 	if err := b.exec(ctx, "CHECKPOINT"); err != nil {
 		return err
 	}

@@ -90,11 +90,14 @@ func (r *report) atMost(work string, measured, want float64) {
 	r.Targets = append(r.Targets, target{work, fmt.Sprintf("≤ %v", want), measured, measured <= want})
 }
 
-func (r *report) printTargets() {
+func (r *report) printTargets(quick bool) {
 	if len(r.Targets) == 0 {
 		return
 	}
 	r.printf("## Targets\n\n")
+	if quick {
+		r.printf("A quick run is too short for its ratios to decide anything.\n\n")
+	}
 	rows := [][]string{{"work", "target", "measured", "met"}}
 	for _, t := range r.Targets {
 		met := "yes"

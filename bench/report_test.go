@@ -26,7 +26,7 @@ func TestReport_targets_are_not_rounded_in_their_favour(t *testing.T) {
 	r.atLeast("a", 0.9699, 0.97)
 	r.atLeast("b", 0.97, 0.97)
 	r.atMost("c", 1.201, 1.2)
-	r.printTargets()
+	r.printTargets(false)
 	require.Regexp(t, `(?m)^\| a +\| ≥ 0.97 +\| 0.9699 +\| \*\*no\*\* \|$`, out.String())
 	require.Regexp(t, `(?m)^\| b +\| ≥ 0.97 +\| 0.97 +\| yes +\|$`, out.String())
 	require.Regexp(t, `(?m)^\| c +\| ≤ 1.2 +\| 1.201 +\| \*\*no\*\* \|$`, out.String())
