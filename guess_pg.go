@@ -16,9 +16,9 @@ import (
 //
 // The statements have the parameters of addSQL, and return the same columns.
 
-// guessAfter is the length of a run that is worth a guess: a wrong one costs some
-// four times what a right one saves, and this bounds the cost of the wrong ones to
-// a small part of that of all.
+// guessAfter is the length of a run that is worth a guess: a wrong one costs more than
+// a right one saves, and this bounds the cost of the wrong ones to a small part of that
+// of all (the benchmark add/wrong).
 const guessAfter = 16
 
 // insertSQL adds a new key, and does nothing where a row is there: an INSERT that ends

@@ -68,7 +68,8 @@ func deliverByHand(b *testing.B, db *pgtest.DB) {
 	ctx := b.Context()
 	for {
 		rows, err := db.Query(ctx, `UPDATE outbox_notifications SET locked_at = now() WHERE id IN (
-			SELECT id FROM outbox_notifications WHERE status = 'pending' AND locked_at IS NULL ORDER BY id LIMIT 500 FOR UPDATE SKIP LOCKED)
+			SELECT id FROM outbox_notifications WHERE status = 'pending' AND locked_at IS NULL
+			ORDER BY coalesce(next_retry_at, created_at, '-infinity'), id LIMIT 500 FOR UPDATE SKIP LOCKED)
 			RETURNING id, type, booking_id, candidate_tg_id, payload_json`)
 		require.NoError(b, err)
 		var ids []int64
