@@ -114,6 +114,13 @@ func (q *fakeQueue) fail(which *func() error, fn func() error) {
 
 func failing() error { return fmt.Errorf("connection refused") }
 
+// claimsMade returns the options of the claims so far.
+func (q *fakeQueue) claimsMade() []outbox.ClaimOptions {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return slices.Clone(q.claims)
+}
+
 func (q *fakeQueue) Claim(ctx context.Context, opts outbox.ClaimOptions) (res outbox.ClaimResult, err error) {
 	q.mu.Lock()
 	defer q.mu.Unlock()

@@ -9,6 +9,7 @@ import (
 	"net"
 	"os"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -232,17 +233,20 @@ func TestRun(t *testing.T) {
 		q := newFakeQueue(0)
 		stop := start(t, newRelay(t, q, accept, relay.Config{PollInterval: 2 * time.Second}))
 		advance(time.Minute)
-		require.InDelta(t, 30+20, len(q.claims), 15, "2 s apart but for the first few")
-		for i := len(q.claimed) - 10; i < len(q.claimed); i++ {
-			gap := q.claimed[i].Sub(q.claimed[i-1])
+		require.InDelta(t, 30+20, len(q.claimsMade()), 15, "2 s apart but for the first few")
+		q.mu.Lock()
+		claimed := slices.Clone(q.claimed)
+		q.mu.Unlock()
+		for i := len(claimed) - 10; i < len(claimed); i++ {
+			gap := claimed[i].Sub(claimed[i-1])
 			require.LessOrEqual(t, gap, 2*time.Second)
 			require.GreaterOrEqual(t, gap, 1600*time.Millisecond)
 		}
-		before := len(q.claims)
+		before := len(q.claimsMade())
 		q.add(1)
 		advance(2 * time.Second)
 		require.Equal(t, outbox.StatusSent, q.row(1).Status)
-		require.Greater(t, len(q.claims), before+3, "quick again after a find")
+		require.Greater(t, len(q.claimsMade()), before+3, "quick again after a find")
 		require.NoError(t, stop())
 	})
 
@@ -260,7 +264,7 @@ func TestRun(t *testing.T) {
 		stop := start(t, newRelay(t, q, accept, relay.Config{PollInterval: time.Hour, BatchSize: 1}))
 		advance(900 * time.Millisecond)
 		require.Equal(t, outbox.StatusPending, q.row(1).Status)
-		require.Greater(t, len(q.claims), 9)
+		require.Greater(t, len(q.claimsMade()), 9)
 		advance(300 * time.Millisecond)
 		require.Equal(t, outbox.StatusSent, q.row(1).Status)
 		for i := range 10 { // one that is stuck does not cost a second each time
@@ -270,20 +274,22 @@ func TestRun(t *testing.T) {
 		require.NoError(t, stop())
 		require.Equal(t, 11, q.count(outbox.StatusSent))
 
+		q.mu.Lock()
 		q.claims, q.busy = nil, false
+		q.mu.Unlock()
 		q.add(100)
 		var tokens []outbox.Token
 		stop = start(t, newRelay(t, &losingQueue{fakeQueue: q, tokens: &tokens, lose: 1}, accept, relay.Config{}))
 		advance(time.Minute)
 		require.NoError(t, stop())
 		require.Equal(t, outbox.StatusSent, q.row(100).Status)
-		for _, c := range q.claims {
+		for _, c := range q.claimsMade() {
 			if c.Token == tokens[0] {
 				require.Zero(t, c.Since)
 			}
 		}
-		require.True(t, q.claims[0].InTurn)
-		require.False(t, q.claims[1].InTurn, "the repeat is to find all of its token")
+		require.True(t, q.claimsMade()[0].InTurn)
+		require.False(t, q.claimsMade()[1].InTurn, "the repeat is to find all of its token")
 	})
 
 	bubble("claims_more_at_a_time_while_batches_are_sent_quickly", func(t *testing.T) {
@@ -296,13 +302,13 @@ func TestRun(t *testing.T) {
 			advance(10 * time.Second)
 			require.Equal(t, 10_000, q.count(outbox.StatusSent))
 			largest := 0
-			for _, c := range q.claims {
+			for _, c := range q.claimsMade() {
 				largest = max(largest, c.Limit)
 			}
-			require.Equal(t, 100, q.claims[0].Limit)
+			require.Equal(t, 100, q.claimsMade()[0].Limit)
 			require.GreaterOrEqual(t, largest, most/2)
 			require.LessOrEqual(t, largest, most)
-			require.Equal(t, 100, q.claims[len(q.claims)-1].Limit, "small again when the backlog has ended")
+			require.Equal(t, 100, q.claimsMade()[len(q.claimsMade())-1].Limit, "small again when the backlog has ended")
 			require.NoError(t, stop())
 		}
 	})
@@ -318,7 +324,7 @@ func TestRun(t *testing.T) {
 			return "", nil
 		}), relay.Config{}))
 		advance(200 * time.Millisecond)
-		require.Greater(t, q.claims[len(q.claims)-1].Limit, 200)
+		require.Greater(t, q.claimsMade()[len(q.claimsMade())-1].Limit, 200)
 		slow.Store(true) // 30 a second
 		advance(90 * time.Second)
 		require.LessOrEqual(t, q.leases(), 120)
@@ -376,7 +382,7 @@ func TestRun(t *testing.T) {
 			advance(100 * time.Millisecond)
 		}
 		whole, since := 0, time.Time{}
-		for _, c := range q.claims {
+		for _, c := range q.claimsMade() {
 			if c.Since.IsZero() {
 				whole++
 				continue
@@ -395,8 +401,8 @@ func TestRun(t *testing.T) {
 		q.change(600, func(*fakeRow) { q.claims = nil })
 		q.add(id + 1)
 		advance(5 * time.Second)
-		require.NotEmpty(t, q.claims)
-		for _, c := range q.claims {
+		require.NotEmpty(t, q.claimsMade())
+		for _, c := range q.claimsMade() {
 			require.Zero(t, c.Since)
 		}
 		require.NoError(t, stop())
@@ -860,7 +866,7 @@ func TestRun(t *testing.T) {
 		_, err := newRelay(t, q, accept, relay.Config{BatchSize: 7, Lease: time.Minute, Types: []string{"a"}, MaxAttempts: 3,
 			Delivery: relay.AtMostOnce}).RunOnce(t.Context())
 		require.NoError(t, err)
-		opts := q.claims[0]
+		opts := q.claimsMade()[0]
 		require.NotZero(t, opts.Token)
 		opts.Token = outbox.Token{}
 		require.Empty(t, opts.Except)
@@ -870,8 +876,8 @@ func TestRun(t *testing.T) {
 
 		_, err = newRelay(t, q, &reconciler{}, relay.Config{MaxAttempts: -1}).RunOnce(t.Context())
 		require.NoError(t, err)
-		require.True(t, q.claims[1].Reconcile)
-		require.Zero(t, q.claims[1].MaxAttempts, "unlimited")
+		require.True(t, q.claimsMade()[1].Reconcile)
+		require.Zero(t, q.claimsMade()[1].MaxAttempts, "unlimited")
 	})
 
 	bubble("ends_with_an_error_where_it_can_never_work", func(t *testing.T) {
@@ -952,7 +958,7 @@ func TestShutdown(t *testing.T) {
 				require.Zero(t, row.Attempts)
 			}
 		}
-		require.NotEmpty(t, q.claims)
+		require.NotEmpty(t, q.claimsMade())
 		require.Zero(t, q.row(11).handbacks, "claimed after the end")
 	})
 
@@ -1150,7 +1156,7 @@ func TestRunOnce(t *testing.T) {
 		n, err := newRelay(t, q, accept, relay.Config{}).RunOnce(ctx)
 		require.ErrorIs(t, err, context.Canceled)
 		require.Zero(t, n)
-		require.Empty(t, q.claims)
+		require.Empty(t, q.claimsMade())
 	})
 
 	bubble("hands_back_what_it_has_not_begun_when_ctx_ends", func(t *testing.T) {
