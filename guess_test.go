@@ -39,7 +39,7 @@ var guesses = []string{"none", "created", "refreshed", "existing"}
 //	version in updateSQL                        makes_no_difference/refreshed, rivals/refreshed
 //	no FOR UPDATE in lookupSQL                  rivals/existing
 //	no look in insertSQL, newManySQL            of_a_new_key_minds_neither_triggers_nor_constraints...
-//	no ON CONFLICT in insertSQL                 makes_no_difference/created, add/created
+//	no ON CONFLICT in insertSQL                 rivals/created
 //	a run not ended by a wrong guess            costs_a_second_round_trip_in_seventeen_at_most
 //	'refreshed' for 'unchanged' in addSQL       costs_a_second_round_trip_in_seventeen_at_most
 //	guessAfter 3, or never a guess              costs_a_second_round_trip_in_seventeen_at_most
