@@ -122,7 +122,7 @@ WITH refresh AS MATERIALIZED (
 				) AS given
 			) AS i
 			LEFT JOIN LATERAL (
-				SELECT ` + rowColumns + `, lease_token, lease_until, status = 'pending' AS pending
+				SELECT ` + rowColumns + `, lease_token, lease_until, status::text = 'pending' AS pending
 				FROM {table} AS o WHERE {keys} ORDER BY type, booking_id, candidate_tg_id LIMIT 1 FOR UPDATE
 			) AS found ON true
 		) AS compared
@@ -186,10 +186,10 @@ const (
 // there.
 const asGivenSQL = `CASE WHEN $10::text IS NULL OR pg_catalog.current_setting('transaction_isolation') <> 'read committed' THEN false
 		ELSE EXISTS (
-			SELECT FROM pg_catalog.pg_class WHERE oid = pg_catalog.to_regclass($10::text) AND relkind = 'r' AND NOT relhastriggers
+			SELECT FROM pg_catalog.pg_class WHERE oid = pg_catalog.to_regclass($10::text)::pg_catalog.oid AND relkind = 'r' AND NOT relhastriggers
 		) AND NOT EXISTS (
 			SELECT FROM pg_catalog.pg_attribute
-			WHERE attrelid = pg_catalog.to_regclass($10::text) AND (attname IN ('next_retry_at', 'not_after') AND atttypmod >= 0
+			WHERE attrelid = pg_catalog.to_regclass($10::text)::pg_catalog.oid AND (attname IN ('next_retry_at', 'not_after') AND atttypmod >= 0
 				OR attname IN ('receipt', 'last_error', 'locked_at', 'sent_at') AND atthasdef)
 		) END`
 
@@ -385,8 +385,8 @@ func keyOrder(ins []input) []int {
 
 // samePayloadsSQL tells which pairs of payloads are equal as jsonb, by the
 // numbers of the pairs from 1. $1 and $2 are the two sides.
-const samePayloadsSQL = `SELECT n FROM ROWS FROM (pg_catalog.unnest($1::text[]), pg_catalog.unnest($2::text[]))
-WITH ORDINALITY AS pair (a, b, n) WHERE a::jsonb = b::jsonb`
+const samePayloadsSQL = `SELECT n FROM ROWS FROM (pg_catalog.unnest($1::pg_catalog.text[]), pg_catalog.unnest($2::pg_catalog.text[]))
+WITH ORDINALITY AS pair (a, b, n) WHERE a::pg_catalog.jsonb = b::pg_catalog.jsonb`
 
 // samePayloads tells of each input whether its payload is, as jsonb, the one
 // last given for its key. It asks PostgreSQL only about those that are not equal

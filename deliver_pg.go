@@ -12,6 +12,7 @@ import (
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgtype"
+	"github.com/jackc/pgx/v5/pgxpool"
 )
 
 // Token is the fencing token of a lease: whoever settles a row must show the one
@@ -57,10 +58,15 @@ type ClaimOptions struct {
 
 	// Token is written to the rows claimed. The zero token is a random one. To
 	// repeat a claim that failed, and whose outcome is unknown therefore, give the
-	// same token again, until less than Limit is found, with what was returned by then in
-	// Except: rows that the first one claimed after all are returned without being
-	// counted as another attempt. They have no precedence over others.
+	// same token again, until less than Limit is found, with Repeated, and with what was
+	// returned by then in Except: rows that the first one claimed after all are returned
+	// without being counted as another attempt. They have no precedence over others.
 	Token Token
+
+	// Repeated says that Token was given before. No row in Except is claimed then, also none
+	// without a lease: a failover may have lost the lease that the caller holds, and by the
+	// same token the caller could not tell it from a new one.
+	Repeated bool
 
 	// InTurn claims nothing while another claim is under way, by this process or another,
 	// and says so by [ClaimResult].Busy. In a backlog claims side by side get in each
@@ -88,7 +94,8 @@ type ClaimOptions struct {
 
 	// Reconcile claims rows whose lease ran out without a result also where they
 	// would be failed otherwise, at most once beyond MaxAttempts, for the caller
-	// to ask the provider about [Claimed.UnknownVersion].
+	// to ask the provider about [Claimed.UnknownVersion]. Content that is newer than that
+	// is claimed after it, whatever became of the asking.
 	Reconcile bool
 }
 
@@ -129,9 +136,9 @@ type Claimed struct {
 //
 // $1 limit, $2 token, $3 token of rows on which another lease ran out, $4 lease in
 // microseconds, $5 types or NULL, $6 max attempts or 0, $7 at most once, $8 reconcile,
-// $9 ids not to claim or NULL; looked through only for rows that bear a token. $10
-// suspects, $11 token of suspects, $12 in turn, $13 what the advisory lock is for, $14
-// microseconds since 1970 or NULL: due since.
+// $9 ids not to claim or NULL; looked through only for rows that bear a token, and in a
+// repeated claim. $10 suspects, $11 token of suspects, $12 in turn, $13 what the advisory
+// lock is for, $14 microseconds since 1970 or NULL: due since, $15 repeated.
 //
 // Every claim holds the advisory lock of turnSQL if it is free, until it ends; only one
 // that is to take turns goes without rows if it is not. (With OR in place of CASE the
@@ -147,20 +154,21 @@ type Claimed struct {
 // Rows that bear one of our tokens were claimed by the same call before, whose
 // answer was lost: they get a longer lease, and it is for their content of now, as
 // nothing has been sent. attempts rises here and not when the row is settled, so that a
-// message that kills its process is counted.
+// message that kills its process is counted. The attempts of content that was replaced
+// meanwhile do not count (countsAnewSQL).
 const claimSQL = `
 WITH turn AS MATERIALIZED (
-	SELECT CASE WHEN pg_catalog.pg_try_advisory_xact_lock(pg_catalog.hashtextextended($13::text, 0)) THEN true ELSE NOT $12::bool END AS mine
+	SELECT CASE WHEN pg_catalog.pg_try_advisory_xact_lock(pg_catalog.hashtextextended($13::text, 0)) THEN true ELSE NOT $12::boolean END AS mine
 ), due AS MATERIALIZED (
 	SELECT ctid AS tid, ` + suspectSQL + ` AS suspect
 	FROM {table}
 	WHERE (SELECT mine FROM turn)
-		AND status = 'pending'
+		AND status::text = 'pending'
 		AND ` + dueSQL + ` <= pg_catalog.now()
-		AND ` + dueSQL + ` >= coalesce('epoch'::timestamptz + $14::bigint * interval '1 microsecond', '-infinity')
+		AND ` + dueSQL + ` >= coalesce('epoch'::timestamptz + $14::bigint::double precision * interval '1 microsecond', '-infinity')
 		AND (lease_token IS NULL OR lease_until IS NULL OR lease_until <= pg_catalog.now() OR ` + oursSQL + `)
-		AND ($5::text[] IS NULL OR type = ANY ($5::text[]))
-		AND (lease_token IS NULL OR $9::bigint[] IS NULL OR id <> ALL ($9::bigint[]))
+		AND ($5::text[] IS NULL OR type::text = ANY ($5::text[]))
+		AND (lease_token IS NULL AND NOT $15::boolean OR $9::bigint[] IS NULL OR id <> ALL ($9::bigint[]))
 		AND ($10::int <> 1 OR NOT ` + suspectSQL + `)
 	ORDER BY ` + dueSQL + `, id
 	LIMIT $1::bigint
@@ -169,18 +177,21 @@ WITH turn AS MATERIALIZED (
 UPDATE {table} SET
 	status        = CASE WHEN ` + givenUpSQL + ` IS NULL THEN status ELSE 'failed' END,
 	last_error    = coalesce(` + givenUpSQL + `, last_error),
-	attempts      = CASE WHEN ` + givenUpSQL + ` IS NULL AND NOT coalesce(` + oursSQL + `, false) THEN coalesce(attempts, 0) + 1 ELSE coalesce(attempts, 0) END,
+	attempts      = CASE WHEN ` + givenUpSQL + ` IS NOT NULL THEN coalesce(attempts, 0)
+		WHEN ` + countsAnewSQL + ` THEN 1
+		WHEN coalesce(` + oursSQL + `, false) THEN coalesce(attempts, 0)
+		ELSE coalesce(attempts, 0) + 1 END,
 	locked_at     = CASE WHEN ` + givenUpSQL + ` IS NULL THEN pg_catalog.now() END,
-	lease_until   = CASE WHEN ` + givenUpSQL + ` IS NULL THEN pg_catalog.now() + $4::bigint * interval '1 microsecond' END,
+	lease_until   = CASE WHEN ` + givenUpSQL + ` IS NULL THEN pg_catalog.now() + $4::bigint::double precision * interval '1 microsecond' END,
 	lease_token   = CASE WHEN ` + givenUpSQL + ` IS NOT NULL THEN NULL
-		WHEN lease_token = $11::uuid OR ` + suspectSQL + ` THEN $11::uuid
-		WHEN ` + resumedSQL + ` AND ($8::bool OR coalesce(lease_version, version) = version) THEN $3::uuid
+		WHEN ` + resumedSQL + ` AND (` + asksSQL + ` OR coalesce(lease_version, version) = version)
+			THEN CASE WHEN lease_token = $11::uuid AND lease_until IS NOT NULL OR ` + suspectSQL + ` THEN $11::uuid ELSE $3::uuid END
 		ELSE $2::uuid END,
 	lease_version = CASE WHEN ` + givenUpSQL + ` IS NOT NULL THEN NULL
-		WHEN ` + resumedSQL + ` AND $8::bool THEN coalesce(lease_version, version)
+		WHEN ` + resumedSQL + ` AND ` + asksSQL + ` THEN coalesce(lease_version, version)
 		ELSE version END
 WHERE ctid = ANY (
-	ARRAY(SELECT tid FROM due WHERE NOT suspect) || ARRAY(SELECT tid FROM due WHERE suspect LIMIT CASE WHEN $10::int = 2 THEN 1 END))
+	pg_catalog.array_cat(ARRAY(SELECT tid FROM due WHERE NOT suspect), ARRAY(SELECT tid FROM due WHERE suspect LIMIT CASE WHEN $10::int = 2 THEN 1 END)))
 RETURNING lease_token, coalesce(lease_version, 0), coalesce(not_after <= pg_catalog.now(), false), ` + rowColumns
 
 const (
@@ -195,16 +206,26 @@ const (
 
 	// suspectSQL: see Suspects. What would be failed is none.
 	suspectSQL = `coalesce(lease_token NOT IN ($2::uuid, $3::uuid, $11::uuid) AND lease_until IS NOT NULL
-		AND coalesce(attempts, 0) = $6::int - 1 AND ` + givenUpSQL + ` IS NULL, false)`
+		AND coalesce(attempts, 0) = $6::int - 1 AND NOT ` + countsAnewSQL + ` AND ` + givenUpSQL + ` IS NULL, false)`
+
+	// countsAnewSQL: the row was refreshed while a delivery was under way that left no
+	// result. Had it left one, all attempts would be before the newer content.
+	countsAnewSQL = `(lease_token IS NOT NULL AND NOT ` + asksSQL + ` AND coalesce(lease_version, version) <> version)`
+
+	// asksSQL: the claim is to reconcile, and asks about what is unknown of the row, which
+	// it does once more than there are attempts at most. Asked in vain, content that is
+	// newer counts anew.
+	asksSQL = `($8::boolean AND ($6::int = 0 OR coalesce(attempts, 0) <= $6::int
+		OR coalesce(lease_token IN ($3::uuid, $11::uuid) AND lease_until IS NOT NULL, false)))`
 
 	// givenUpSQL says why a row is failed and not claimed; NULL if it is claimed.
 	givenUpSQL = `CASE
 		WHEN ` + oursSQL + ` THEN NULL
-		WHEN $8::bool AND lease_token IS NOT NULL AND ($6::int = 0 OR coalesce(attempts, 0) <= $6::int) THEN NULL
-		WHEN $7::bool AND lease_token IS NOT NULL AND coalesce(lease_version, version) = version
+		WHEN lease_token IS NOT NULL AND ` + asksSQL + ` THEN NULL
+		WHEN $7::boolean AND lease_token IS NOT NULL AND coalesce(lease_version, version) = version
 			THEN 'outcome unknown: a delivery was begun and left no result, it may have reached the provider'
-		WHEN not_after <= pg_catalog.now() THEN 'expired: not delivered before ' || not_after
-		WHEN $6::int > 0 AND attempts >= $6::int
+		WHEN not_after <= pg_catalog.now() THEN 'expired: not delivered before ' || not_after::text
+		WHEN $6::int > 0 AND attempts >= $6::int AND NOT ` + countsAnewSQL + `
 			THEN 'out of attempts' || CASE WHEN lease_token IS NULL THEN '' ELSE ': the last delivery left no result' END
 				|| coalesce('; before that: ' || last_error, '')
 		END`
@@ -221,7 +242,7 @@ const byIndexSQL = `pg_catalog.set_config('plan_cache_mode', 'force_generic_plan
 
 // turnSQL reports whether it is this claim's turn. $1 what the lock is for, $2 whether
 // it takes turns.
-const turnSQL = `SELECT coalesce(CASE WHEN $2::bool THEN pg_catalog.pg_try_advisory_xact_lock(pg_catalog.hashtextextended($1::text, 0)) END, false), ` + byIndexSQL
+const turnSQL = `SELECT coalesce(CASE WHEN $2::boolean THEN pg_catalog.pg_try_advisory_xact_lock(pg_catalog.hashtextextended($1::pg_catalog.text, 0)) END, false), ` + byIndexSQL
 
 // Claim leases due pending rows to the caller, oldest first, for opts.Lease by the
 // database's clock, and counts an attempt of each. Rows past their NotAfter and
@@ -238,6 +259,9 @@ func (s *PGStore) Claim(ctx context.Context, opts ClaimOptions) (ClaimResult, er
 		return ClaimResult{}, invalid("Lease", "%v is not positive", opts.Lease)
 	case opts.MaxAttempts < 0 || opts.MaxAttempts > math.MaxInt32:
 		return ClaimResult{}, invalid("MaxAttempts", "%d is not between 0 and %d", opts.MaxAttempts, math.MaxInt32)
+	}
+	if opts.Repeated && opts.Token == (Token{}) {
+		return ClaimResult{}, invalid("Repeated", "without the Token that is repeated")
 	}
 	if opts.Suspects < TakeSuspects || opts.Suspects > OneSuspect {
 		return ClaimResult{}, invalid("Suspects", "%d is none", opts.Suspects)
@@ -258,7 +282,7 @@ func (s *PGStore) Claim(ctx context.Context, opts ClaimOptions) (ClaimResult, er
 	since := pgtype.Int8{Int64: opts.Since.UnixMicro(), Valid: !opts.Since.IsZero()}
 	args := []any{opts.Limit, uuid(opts.Token), uuid(opts.Token.with(resumedBit)), opts.Lease.Microseconds(), opts.Types,
 		opts.MaxAttempts, opts.AtMostOnce, opts.Reconcile, opts.Except, int(opts.Suspects), uuid(opts.Token.with(resumedBit | suspectBit)),
-		opts.InTurn, lock, since}
+		opts.InTurn, lock, since, opts.Repeated}
 	read := func(rows pgx.Rows) error { return res.read(rows, opts.Limit) }
 	// A statement that waits for nobody is not retryable under READ COMMITTED, but the pool's
 	// default may be stricter.
@@ -269,7 +293,7 @@ func (s *PGStore) Claim(ctx context.Context, opts ClaimOptions) (ClaimResult, er
 		mine := false
 		batch.Queue(turnSQL, lock, opts.InTurn).QueryRow(func(row pgx.Row) error { return row.Scan(&mine, nil, nil, nil) })
 		batch.Queue(s.sql.claim, args...).Query(read)
-		err := s.pool.SendBatch(ctx, &batch).Close()
+		err := s.send(ctx, &batch)
 		res.Busy = opts.InTurn && !mine && len(res.Claimed)+len(res.Failed) == 0
 		return err
 	})
@@ -362,7 +386,7 @@ const leasedSQL = `ARRAY(
 // stillPendingSQL is status = 'pending' in words that the planner does not find in the
 // predicate of outbox_notifications_due. Where the statistics were taken when nothing was
 // pending it would take that index for empty, and look through all of it for each id.
-const stillPendingSQL = `coalesce(status = 'pending', false)`
+const stillPendingSQL = `coalesce(status::text = 'pending', false)`
 
 // exceptionsSQL tells, of the leases in given that are not in done, whether their
 // rows were locked by others or are no longer theirs.
@@ -377,10 +401,10 @@ WITH given AS MATERIALIZED (
 	SELECT * FROM ROWS FROM (pg_catalog.unnest($1::bigint[]), pg_catalog.unnest($2::uuid[])) WITH ORDINALITY AS g (id, token, n)
 ), done AS (
 	UPDATE {table} AS t SET
-		lease_until = pg_catalog.clock_timestamp() + $3::bigint * interval '1 microsecond',
+		lease_until = pg_catalog.clock_timestamp() + $3::bigint::double precision * interval '1 microsecond',
 		locked_at   = coalesce(t.locked_at, pg_catalog.now())
 	FROM given AS g
-	WHERE t.id = g.id AND t.ctid = ANY (` + leasedSQL + `)
+	WHERE t.id = g.id AND t.lease_token = g.token AND t.ctid = ANY (` + leasedSQL + `)
 	RETURNING g.n
 )
 ` + exceptionsSQL
@@ -429,31 +453,36 @@ type Settlement struct {
 	// reached the provider is not known, so that the next claim is told; see
 	// [Claimed.UnknownVersion].
 	Unknown bool
+
+	// Asked says, with Retry and Unknown, that the attempt was to ask about
+	// [Claimed.UnknownVersion], in vain. It counts, and RetryIn holds, also where the row has
+	// newer content, which waits for the answer or for the end of the attempts.
+	Asked bool
 }
 
 // settleSQL ends leases.
 //
 // $1 ids, $2 tokens, $3 verdicts, $4 receipts, $5 errors, $6 retry in microseconds,
-// $7 unknown; the last four may be NULL, which stands for as many NULLs.
+// $7 unknown, $8 asked; the last five may be NULL, which stands for as many NULLs.
 //
 // A row that was refreshed while it was leased has a version above the leased one;
 // then, whatever the verdict, it stays pending, with all its attempts before it and
-// due as the refresh said. A refresh that changed no content may have put off the
+// due as the refresh said, unless the attempt was to ask. A refresh that changed no content may have put off the
 // row: a retry is due no sooner. A delivery that ended is an attempt, also if an add
 // has begun to count anew, so a row that is pending with none was superseded. An
 // attempt is given back once: settling clears locked_at.
 const settleSQL = `
 WITH given AS MATERIALIZED (
 	SELECT * FROM ROWS FROM (pg_catalog.unnest($1::bigint[]), pg_catalog.unnest($2::uuid[]), pg_catalog.unnest($3::text[]),
-		pg_catalog.unnest($4::text[]), pg_catalog.unnest($5::text[]), pg_catalog.unnest($6::bigint[]), pg_catalog.unnest($7::bool[]))
-		WITH ORDINALITY AS g (id, token, verdict, receipt, error, retry_in, unknown, n)
+		pg_catalog.unnest($4::text[]), pg_catalog.unnest($5::text[]), pg_catalog.unnest($6::bigint[]), pg_catalog.unnest($7::boolean[]),
+		pg_catalog.unnest($8::boolean[])) WITH ORDINALITY AS g (id, token, verdict, receipt, error, retry_in, unknown, asked, n)
 ), done AS (
 	UPDATE {table} AS t SET
 		status        = CASE WHEN ` + supersededSQL + ` THEN 'pending' WHEN verdict = 'delivered' THEN 'sent' WHEN verdict = 'failed' THEN 'failed' ELSE 'pending' END,
 		attempts      = CASE WHEN ` + supersededSQL + ` THEN 0 WHEN verdict = 'handback' AND locked_at IS NOT NULL THEN greatest(attempts - 1, 0)
 			WHEN verdict = 'handback' THEN attempts ELSE greatest(attempts, 1) END,
 		next_retry_at = CASE WHEN ` + supersededSQL + ` OR verdict = 'handback' THEN next_retry_at
-			WHEN verdict = 'retry' THEN greatest(next_retry_at, pg_catalog.clock_timestamp() + retry_in * interval '1 microsecond') END,
+			WHEN verdict = 'retry' THEN greatest(next_retry_at, pg_catalog.clock_timestamp() + coalesce(retry_in, 0)::double precision * interval '1 microsecond') END,
 		last_error    = CASE WHEN verdict IN ('retry', 'failed') THEN g.error ELSE last_error END,
 		sent_version  = CASE WHEN verdict = 'delivered' THEN coalesce(lease_version, version) ELSE sent_version END,
 		receipt       = CASE WHEN verdict = 'delivered' THEN g.receipt ELSE t.receipt END,
@@ -463,15 +492,15 @@ WITH given AS MATERIALIZED (
 		lease_token   = CASE WHEN unknown THEN lease_token END,
 		lease_version = CASE WHEN unknown THEN lease_version END
 	FROM given AS g
-	WHERE t.id = g.id AND t.ctid = ANY (` + leasedSQL + `)
-	RETURNING g.n, g.verdict <> 'handback' AND t.status = 'pending' AND t.attempts = 0 AS superseded
+	WHERE t.id = g.id AND t.lease_token = g.token AND t.ctid = ANY (` + leasedSQL + `)
+	RETURNING g.n, g.verdict <> 'handback' AND t.status::text = 'pending' AND t.attempts = 0 AS superseded
 )
 SELECT n, 'superseded' FROM done WHERE superseded
 UNION ALL
 ` + exceptionsSQL
 
-// supersededSQL: the row was refreshed since it was claimed.
-const supersededSQL = `(version <> coalesce(lease_version, version))`
+// supersededSQL: the row was refreshed since it was claimed, or since what was asked about.
+const supersededSQL = `(version <> coalesce(lease_version, version) AND asked IS NOT TRUE)`
 
 // Settle ends leases, each as its verdict says if its token still matches, and
 // returns what became of each, in the order given. It runs on the store's pool, as
@@ -491,7 +520,7 @@ func (s *PGStore) Settle(ctx context.Context, settlements []Settlement) ([]Lease
 		// NULL, which is shorter than n of them, until one has a value.
 		receipts, errors []pgtype.Text
 		retryIn          []int64
-		unknown          []bool
+		unknown, asked   []bool
 	)
 	for i, st := range settlements {
 		if bad := st.check(); bad != nil {
@@ -502,8 +531,9 @@ func (s *PGStore) Settle(ctx context.Context, settlements []Settlement) ([]Lease
 		set(&errors, n, i, textOrNull(st.Error))
 		set(&retryIn, n, i, st.RetryIn.Microseconds())
 		set(&unknown, n, i, st.Unknown)
+		set(&asked, n, i, st.Asked)
 	}
-	res, err := s.onLeases(ctx, n, s.sql.settle, ids, tokens, verdicts, receipts, errors, retryIn, unknown)
+	res, err := s.onLeases(ctx, n, s.sql.settle, ids, tokens, verdicts, receipts, errors, retryIn, unknown, asked)
 	if err != nil {
 		return nil, s.explain("settle", err)
 	}
@@ -540,6 +570,9 @@ func (st Settlement) check() *InvalidError {
 	if st.Unknown && (st.Verdict == Delivered || st.Verdict == Failed) {
 		return invalid("Unknown", "set with the verdict %q", st.Verdict)
 	}
+	if st.Asked && (st.Verdict != Retry || !st.Unknown) {
+		return invalid("Asked", "set without Retry and Unknown")
+	}
 	return nil
 }
 
@@ -562,7 +595,29 @@ func (s *PGStore) onLeases(ctx context.Context, n int, sql string, args ...any) 
 			})
 			return err
 		})
-		return s.pool.SendBatch(ctx, &batch).Close()
+		return s.send(ctx, &batch)
 	})
 	return results, err
+}
+
+// send runs a batch on a connection of the pool.
+func (s *PGStore) send(ctx context.Context, batch *pgx.Batch) error {
+	return s.onConn(ctx, func(conn *pgxpool.Conn) error { return conn.SendBatch(ctx, batch).Close() })
+}
+
+// onConn runs fn with a connection of the pool. One that only reads is closed: its server
+// has become a standby, or it came to one, and the next connection may find the
+// primary (with target_session_attrs in the URL, or behind a name that moves). Kept in the
+// pool, it would answer the same for ever.
+func (s *PGStore) onConn(ctx context.Context, fn func(*pgxpool.Conn) error) error {
+	conn, err := s.pool.Acquire(ctx)
+	if err != nil {
+		return err
+	}
+	defer conn.Release()
+	err = fn(conn)
+	if sqlState(err) == codeReadOnly {
+		_ = conn.Conn().Close(ctx) // the error that counts is err
+	}
+	return err
 }

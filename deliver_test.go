@@ -27,6 +27,13 @@ import (
 //	order left out of the claim
 //	expired, out of attempts, at most once or  TestClaim/decides_on/...
 //	reconcile left out of givenUpSQL
+//	countsAnewSQL false, or left out of one    TestClaim/decides_on/..._newer_version_...
+//	of its three places; or in a repeat, or    /repeated_counts_newer_content_anew
+//	to reconcile for ever
+//	Repeated ignored                           TestClaim/repeated_leaves_what_its_caller_holds
+//	asked IS NOT TRUE left out                 TestSettle/asked_...; TestUnknownOutcome/asked_about_in_vain_...
+//	lease_until IS NOT NULL left out where a   TestClaim/repeated_takes_what_was_settled_as_unknown_...
+//	suspect stays one
 //	one token for rows with and without an     TestClaim/leases_due_rows_..., /decides_on/...
 //	earlier lease
 //	status || '' = 'pending' in the claim      TestClaimPlan
@@ -49,6 +56,9 @@ import (
 //	refreshSQL clears the token of a lease     TestUnknownOutcome, TestSettle/ok/ended_and_changed
 //	that has ended
 //	more than one suspect in a claim           TestClaim/tells_suspects_from_others
+//	$11 of a claim repeated kept as it is      TestClaim/repeated_takes_newer_content_...
+//	no t.lease_token = g.token                 TestSettle/tells_two_leases_of_a_row_apart
+//	no coalesce for retry_in                   TestSettle/puts_a_retry_without_a_pause_...
 //	a settled row with our token taken for     TestClaim/repeated_does_not_take_...
 //	claimed before
 //	no second run of a claim after 40001       TestClaim/gives_a_row_to_one_of_many
@@ -367,6 +377,60 @@ func TestClaim(t *testing.T) {
 		}
 	})
 
+	t.Run("repeated_takes_newer_content_for_no_suspect", func(t *testing.T) {
+		t.Parallel()
+		db := pgtest.NewDB(t)
+		claimOne(t, db)
+		endLeases(t, db)
+		opts := outbox.ClaimOptions{MaxAttempts: 2, Token: outbox.NewToken()}
+		c := claim(t, db, opts).Claimed[0]
+		require.True(t, c.Suspect)
+		require.EqualValues(t, 1, c.UnknownVersion)
+		db.Add(t, outbox.NewNotification{Type: "reject", BookingID: 1, Payload: "newer"})
+		c = claim(t, db, opts).Claimed[0]
+		require.False(t, c.Suspect)
+		require.Zero(t, c.UnknownVersion)
+	})
+
+	t.Run("repeated_counts_newer_content_anew", func(t *testing.T) {
+		t.Parallel()
+		db := pgtest.NewDB(t)
+		addRows(t, db, 1)
+		db.MustExec(t, "UPDATE outbox_notifications SET attempts = 2")
+		opts := outbox.ClaimOptions{Token: outbox.NewToken(), MaxAttempts: 3}
+		require.Equal(t, 3, claim(t, db, opts).Claimed[0].Notification.Attempts) // the answer is lost
+		require.True(t, db.Add(t, outbox.NewNotification{Type: "reject", BookingID: 1, Payload: json.RawMessage(`{"v":2}`)}).InFlight)
+		opts.Repeated = true
+		for range 2 {
+			require.Equal(t, 1, claim(t, db, opts).Claimed[0].Notification.Attempts)
+		}
+	})
+
+	t.Run("repeated_leaves_what_its_caller_holds", func(t *testing.T) {
+		t.Parallel()
+		db := pgtest.NewDB(t)
+		addRows(t, db, 1) // without a lease, as after a failover that lost it
+		opts := outbox.ClaimOptions{Token: outbox.NewToken(), Except: []int64{1}, Repeated: true}
+		require.Empty(t, claim(t, db, opts).Claimed)
+		opts.Repeated = false
+		require.Len(t, claim(t, db, opts).Claimed, 1)
+	})
+
+	t.Run("repeated_takes_what_was_settled_as_unknown_for_no_suspect", func(t *testing.T) {
+		t.Parallel()
+		db := pgtest.NewDB(t)
+		addRows(t, db, 1)
+		db.MustExec(t, "UPDATE outbox_notifications SET attempts = 2, "+leaseEnded)
+		opts := outbox.ClaimOptions{Token: outbox.NewToken(), MaxAttempts: 3}
+		first := claim(t, db, opts).Claimed[0]
+		require.True(t, first.Suspect)
+		require.Equal(t, []outbox.LeaseResult{outbox.LeaseDone}, settle(t, db, outbox.Settlement{Lease: first.Lease, Verdict: outbox.HandedBack, Unknown: true}))
+		opts.Repeated = true
+		again := claim(t, db, opts).Claimed[0]
+		require.False(t, again.Suspect)
+		require.EqualValues(t, 1, again.UnknownVersion)
+	})
+
 	t.Run("tells_suspects_from_others", func(t *testing.T) {
 		t.Parallel()
 		db := pgtest.NewDB(t)
@@ -454,6 +518,7 @@ func TestClaim(t *testing.T) {
 		failed  string // the error of the row that the claim failed; "" where it claims it
 		unknown int64
 		expired bool
+		anew    bool // the attempts before the claim do not count
 	}{
 		"a_row_that_has_expired":                  {set: "not_after = now()", failed: "expired: not delivered before"},
 		"a_row_before_its_end":                    {set: "not_after = now() + interval '1 hour'"},
@@ -464,7 +529,12 @@ func TestClaim(t *testing.T) {
 		"a_lease_that_ran_out":                    {set: leaseEnded, unknown: 1},
 		"at_most_once_a_lease_that_ran_out":       {set: leaseEnded, opts: outbox.ClaimOptions{AtMostOnce: true}, failed: "outcome unknown"},
 		"at_most_once_a_lease_without_a_version":  {set: leaseEnded[:strings.LastIndex(leaseEnded, ",")], opts: outbox.ClaimOptions{AtMostOnce: true}, failed: "outcome unknown"},
-		"at_most_once_a_newer_version":            {set: leaseEnded + ", version = 2", opts: outbox.ClaimOptions{AtMostOnce: true}},
+		"at_most_once_a_newer_version":            {set: leaseEnded + ", version = 2", opts: outbox.ClaimOptions{AtMostOnce: true}, anew: true},
+		"a_newer_version_out_of_attempts":         {set: leaseEnded + ", attempts = 3, version = 2", opts: outbox.ClaimOptions{MaxAttempts: 3}, anew: true},
+		"at_most_once_it_out_of_attempts":         {set: leaseEnded + ", attempts = 3, version = 2", opts: outbox.ClaimOptions{MaxAttempts: 3, AtMostOnce: true}, anew: true},
+		"a_newer_version_with_one_attempt_left":   {set: leaseEnded + ", attempts = 2, version = 2", opts: outbox.ClaimOptions{MaxAttempts: 3, Suspects: outbox.LeaveSuspects}, anew: true},
+		"to_reconcile_an_older_version_no_more":   {set: leaseEnded + ", attempts = 4, version = 2", opts: outbox.ClaimOptions{MaxAttempts: 3, Reconcile: true}, anew: true},
+		"to_reconcile_an_older_version_once_more": {set: leaseEnded + ", attempts = 3, version = 2", opts: outbox.ClaimOptions{MaxAttempts: 3, Reconcile: true}, unknown: 1},
 		"at_most_once_a_row_without_a_lease":      {set: "attempts = 1", opts: outbox.ClaimOptions{AtMostOnce: true}},
 		"to_reconcile_a_lease_that_ran_out":       {set: leaseEnded, opts: outbox.ClaimOptions{AtMostOnce: true, Reconcile: true}, unknown: 1},
 		"to_reconcile_an_older_version":           {set: leaseEnded + ", version = 2", opts: outbox.ClaimOptions{Reconcile: true}, unknown: 1},
@@ -473,7 +543,7 @@ func TestClaim(t *testing.T) {
 		"to_reconcile_a_row_out_of_attempts":      {set: leaseEnded + ", attempts = 3", opts: outbox.ClaimOptions{MaxAttempts: 3, Reconcile: true}, unknown: 1},
 		"to_reconcile_a_row_out_of_attempts_once": {set: leaseEnded + ", attempts = 4", opts: outbox.ClaimOptions{MaxAttempts: 3, Reconcile: true}, failed: "out of attempts"},
 		"to_reconcile_at_most_once_no_more_often": {set: leaseEnded + ", attempts = 4", opts: outbox.ClaimOptions{MaxAttempts: 3, Reconcile: true, AtMostOnce: true}, failed: "outcome unknown"},
-		"nothing_unknown_of_an_older_version":     {set: leaseEnded + ", version = 2"},
+		"nothing_unknown_of_an_older_version":     {set: leaseEnded + ", version = 2", anew: true},
 	} {
 		t.Run("decides_on/"+name, func(t *testing.T) {
 			t.Parallel()
@@ -488,6 +558,9 @@ func TestClaim(t *testing.T) {
 				require.Empty(t, res.Failed)
 				require.Equal(t, c.unknown, res.Claimed[0].UnknownVersion)
 				require.Equal(t, c.expired, res.Claimed[0].Expired)
+				if c.anew {
+					before.Attempts = 0
+				}
 				require.Equal(t, before.Attempts+1, after.Attempts)
 				return
 			}
@@ -507,6 +580,7 @@ func TestClaim(t *testing.T) {
 	}{
 		"no_limit":              {outbox.ClaimOptions{Lease: time.Second}, "Limit"},
 		"no_lease":              {outbox.ClaimOptions{Limit: 1}, "Lease"},
+		"a_repeat_of_nothing":   {outbox.ClaimOptions{Limit: 1, Lease: time.Second, Repeated: true}, "Repeated"},
 		"negative_max_attempts": {outbox.ClaimOptions{Limit: 1, Lease: time.Second, MaxAttempts: -1}, "MaxAttempts"},
 		"too_many_attempts":     {outbox.ClaimOptions{Limit: 1, Lease: time.Second, MaxAttempts: 1 << 40}, "MaxAttempts"},
 		"no_such_suspects":      {outbox.ClaimOptions{Limit: 1, Lease: time.Second, Suspects: 3}, "Suspects"},
@@ -589,6 +663,7 @@ func TestSettle(t *testing.T) {
 		"ok":        {Verdict: outbox.Delivered, Receipt: "message 7"},
 		"error":     {Verdict: outbox.Retry, Error: "busy", RetryIn: time.Hour},
 		"unknown":   {Verdict: outbox.Retry, Error: "timeout", RetryIn: time.Hour, Unknown: true},
+		"asked":     {Verdict: outbox.Retry, Error: "no answer", RetryIn: time.Hour, Unknown: true, Asked: true},
 		"permanent": {Verdict: outbox.Failed, Error: "blocked"},
 		"handback":  {Verdict: outbox.HandedBack},
 	}
@@ -630,6 +705,10 @@ func TestSettle(t *testing.T) {
 		"unknown/nothing":              {done, pending, 1, "hour", 0, "", "timeout"},
 		"unknown/changed":              {superseded, pending, 0, "now", 0, "", "timeout"},
 		"unknown/claimed_by_another":   {result: stale},
+		"asked/nothing":                {done, pending, 1, "hour", 0, "", "no answer"},
+		"asked/changed":                {done, pending, 1, "hour", 0, "", "no answer"},
+		"asked/changed_for_then":       {done, pending, 1, "tomorrow", 0, "", "no answer"},
+		"asked/claimed_by_another":     {result: stale},
 		"permanent/nothing":            {done, failed, 1, "now", 0, "", "blocked"},
 		"permanent/identical":          {done, failed, 1, "now", 0, "", "blocked"},
 		"permanent/put_off":            {done, failed, 1, "now", 0, "", "blocked"},
@@ -678,7 +757,7 @@ func TestSettle(t *testing.T) {
 			case "tomorrow":
 				require.Equal(t, tomorrow, n.NextRetryAt)
 			}
-			if verdict == "unknown" {
+			if st.Unknown {
 				require.Equal(t, 1, pgtest.One[int](t, db, "SELECT num_nonnulls(lease_token, lease_until) FROM outbox_notifications"), "the token stays, the lease does not")
 				db.MustExec(t, "UPDATE outbox_notifications SET next_retry_at = NULL")
 				require.EqualValues(t, 1, claim(t, db, outbox.ClaimOptions{Reconcile: true}).Claimed[0].UnknownVersion)
@@ -687,7 +766,7 @@ func TestSettle(t *testing.T) {
 			}
 			// Settling once more has no effect: the answer to the first may have been lost.
 			before = whole(t, db, booking(1))
-			if verdict != "unknown" {
+			if !st.Unknown {
 				require.Equal(t, []outbox.LeaseResult{stale}, settle(t, db, st))
 				require.Equal(t, before, whole(t, db, booking(1)))
 			}
@@ -775,6 +854,33 @@ func TestSettle(t *testing.T) {
 		require.Equal(t, 500, pgtest.One[int](t, db, "SELECT count(*) FROM outbox_notifications WHERE status = 'sent' AND attempts = 1"))
 	})
 
+	t.Run("tells_two_leases_of_a_row_apart", func(t *testing.T) {
+		t.Parallel()
+		db := pgtest.NewDB(t)
+		stale := claimOne(t, db)
+		endLeases(t, db)
+		current := claim(t, db, outbox.ClaimOptions{}).Claimed[0]
+		extended, err := db.Store.Extend(t.Context(), []outbox.Lease{stale.Lease, current.Lease}, time.Hour)
+		require.NoError(t, err)
+		require.Equal(t, []outbox.LeaseResult{outbox.LeaseStale, outbox.LeaseDone}, extended)
+		require.Equal(t, []outbox.LeaseResult{outbox.LeaseStale, outbox.LeaseDone}, settle(t, db,
+			outbox.Settlement{Lease: stale.Lease, Verdict: outbox.Failed, Error: "stale"},
+			outbox.Settlement{Lease: current.Lease, Verdict: outbox.Delivered, Receipt: "current"}))
+		n := db.Get(t, booking(1))
+		require.Equal(t, outbox.StatusSent, n.Status)
+		require.Equal(t, "current", n.Receipt)
+		require.Empty(t, n.LastError)
+	})
+
+	t.Run("puts_a_retry_without_a_pause_behind_the_others", func(t *testing.T) {
+		t.Parallel()
+		db := pgtest.NewDB(t)
+		addRows(t, db, 2)
+		first := claim(t, db, outbox.ClaimOptions{Limit: 1}).Claimed[0]
+		settle(t, db, outbox.Settlement{Lease: first.Lease, Verdict: outbox.Retry})
+		require.Equal(t, []int64{2, 1}, bookings(claim(t, db, outbox.ClaimOptions{})))
+	})
+
 	t.Run("of_nothing_runs_nothing", func(t *testing.T) {
 		t.Parallel()
 		res, err := neverUsed(t).Settle(t.Context(), nil)
@@ -792,6 +898,8 @@ func TestSettle(t *testing.T) {
 		"a_receipt_with_a_NUL":     {outbox.Settlement{Verdict: outbox.Delivered, Receipt: "\x00"}, "Receipt"},
 		"an_error_that_is_no_UTF8": {outbox.Settlement{Verdict: outbox.Failed, Error: "\xff"}, "Error"},
 		"delivered_but_unknown":    {outbox.Settlement{Verdict: outbox.Delivered, Unknown: true}, "Unknown"},
+		"asked_and_handed_back":    {outbox.Settlement{Verdict: outbox.HandedBack, Unknown: true, Asked: true}, "Asked"},
+		"asked_and_known":          {outbox.Settlement{Verdict: outbox.Retry, Asked: true}, "Asked"},
 	} {
 		t.Run("refuses/"+name, func(t *testing.T) {
 			t.Parallel()
@@ -828,6 +936,27 @@ func TestUnknownOutcome(t *testing.T) {
 		require.Len(t, claim(t, db, outbox.ClaimOptions{AtMostOnce: true}).Claimed, 1)
 		endLeases(t, db)
 		require.Len(t, claim(t, db, outbox.ClaimOptions{AtMostOnce: true}).Failed, 1, "once")
+	})
+	t.Run("asked_about_in_vain_it_is_put_off_and_counts_until_newer_content_goes_out", func(t *testing.T) {
+		t.Parallel()
+		db := pgtest.NewDB(t)
+		claimOne(t, db)
+		endLeases(t, db)
+		db.Add(t, outbox.NewNotification{Type: "reject", BookingID: 1, Payload: json.RawMessage(`{"v":2}`)})
+		opts := outbox.ClaimOptions{Reconcile: true, MaxAttempts: 2}
+		for attempt := 1; attempt <= 3; attempt++ {
+			c := claim(t, db, opts).Claimed[0]
+			require.EqualValues(t, 1, c.UnknownVersion)
+			require.Equal(t, attempt, c.Notification.Attempts)
+			require.Equal(t, []outbox.LeaseResult{outbox.LeaseDone},
+				settle(t, db, outbox.Settlement{Lease: c.Lease, Verdict: outbox.Retry, RetryIn: time.Hour, Unknown: true, Asked: true}))
+			require.Empty(t, claim(t, db, opts).Claimed, "put off")
+			db.MustExec(t, "UPDATE outbox_notifications SET next_retry_at = NULL")
+		}
+		c := claim(t, db, opts).Claimed[0]
+		require.Zero(t, c.UnknownVersion)
+		require.EqualValues(t, 2, c.Notification.Version)
+		require.Equal(t, 1, c.Notification.Attempts)
 	})
 	t.Run("handed_back_as_unknown_it_stays_so", func(t *testing.T) {
 		t.Parallel()
@@ -987,7 +1116,7 @@ func TestClaimPlan(t *testing.T) {
 					require.NoError(t, err)
 				}
 				const token = "'00000000-0000-0000-0000-000000000002', '00000000-0000-0000-0000-000000000003'"
-				plan := explain(t, tx, "EXECUTE claim (100, "+token+", 1000000000, "+types+", 10, false, false, NULL, 2, '00000000-0000-0000-0000-000000000005', true, 'a', (extract(epoch FROM now()) * 1000000)::bigint - 7200000000)")
+				plan := explain(t, tx, "EXECUTE claim (100, "+token+", 1000000000, "+types+", 10, false, false, NULL, 2, '00000000-0000-0000-0000-000000000005', true, 'a', (extract(epoch FROM now()) * 1000000)::bigint - 7200000000, false)")
 				scans := plan.scans()
 				require.Len(t, scans, 2, "%+v", scans)
 				for _, s := range scans {
@@ -1009,7 +1138,7 @@ func TestClaimPlan(t *testing.T) {
 				for _, sql := range []string{
 					"EXECUTE extend (" + given + ", 1000000)",
 					"EXECUTE settle (" + given + `, array_fill('delivered'::text, ARRAY[100]), array_fill('m'::text, ARRAY[100]),
-						array_fill(NULL::text, ARRAY[100]), array_fill(0::bigint, ARRAY[100]), array_fill(false, ARRAY[100]))`,
+						array_fill(NULL::text, ARRAY[100]), array_fill(0::bigint, ARRAY[100]), array_fill(false, ARRAY[100]), array_fill(false, ARRAY[100]))`,
 				} {
 					plan := explain(t, tx, sql)
 					for _, s := range plan.scans() {
@@ -1044,7 +1173,7 @@ func TestSettlePlan(t *testing.T) {
 			}
 			const given = "array_fill(1::bigint, ARRAY[1000]), array_fill('00000000-0000-0000-0000-000000000002'::uuid, ARRAY[1000])"
 			for _, sql := range []string{"EXECUTE extend (" + given + ", 1000000)",
-				"EXECUTE settle (" + given + ", array_fill('delivered'::text, ARRAY[1000]), NULL, NULL, NULL, NULL)"} {
+				"EXECUTE settle (" + given + ", array_fill('delivered'::text, ARRAY[1000]), NULL, NULL, NULL, NULL, NULL)"} {
 				var doc []struct{ Plan planNode }
 				require.NoError(t, json.Unmarshal(pgtest.One[json.RawMessage](t, tx, "EXPLAIN (FORMAT JSON) "+sql), &doc))
 				scans := doc[0].Plan.scans()

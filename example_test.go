@@ -131,6 +131,40 @@ func ExamplePGStore_RequeueMatching() {
 	// due: 5 failed: 0
 }
 
+// A repeat that comes after its notification was purged is still recognised.
+func ExamplePGStore_Purge() {
+	ctx := context.Background()
+	pool, drop := pgtest.ExamplePool(ctx)
+	defer drop()
+	store, err := outbox.NewPGStore(pool, outbox.Config{Logger: slog.New(slog.DiscardHandler)})
+	if err != nil {
+		log.Fatal(err)
+	}
+	if err := store.Migrate(ctx); err != nil {
+		log.Fatal(err)
+	}
+	// What was sent a hundred days ago.
+	if _, err := pool.Exec(ctx, `INSERT INTO outbox_notifications (type, booking_id, payload_json, status, sent_version, receipt, sent_at)
+		VALUES ('reject', 7, '{"name": "Ann"}', 'sent', 1, 'message 1', now() - interval '100 days')`); err != nil {
+		log.Fatal(err)
+	}
+
+	purged, err := store.Purge(ctx, outbox.PurgeOptions{OlderThan: 90 * 24 * time.Hour})
+	fmt.Println("purged:", purged, err)
+	err = pgx.BeginFunc(ctx, pool, func(tx pgx.Tx) error {
+		res, err := store.AddNotification(ctx, tx, outbox.NewNotification{Type: "reject", BookingID: 7, Payload: "a repeat"})
+		n := res.Notification
+		fmt.Printf("%s: %s, payload %q, receipt %q\n", res.Outcome, n.Status, n.Payload, n.Receipt)
+		return err
+	})
+	if err != nil {
+		log.Fatal(err)
+	}
+	// Output:
+	// purged: 1 <nil>
+	// existing: sent, payload "", receipt ""
+}
+
 func ExampleRunInTx() {
 	ctx := context.Background()
 	pool, drop := pgtest.ExamplePool(ctx)

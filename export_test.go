@@ -40,4 +40,5 @@ func (s *PGStore) ClaimLock() string { return s.claimLock(nil) }
 func (s *PGStore) RequeueSQL(k Key) string            { return s.sql.requeue[k.shape()] }
 func (s *PGStore) RequeueMatchingSQL(f Filter) string { return s.requeueMatchingSQL(f) }
 func (s *PGStore) ListSQL(f Filter) string            { return s.listSQL(f) }
+func (s *PGStore) PurgeSQL(o PurgeOptions) string     { return s.purgeSQL(o) }
 func (s *PGStore) DepthSQL() string                   { return s.fill(depthSQL) }

@@ -51,7 +51,7 @@ UPDATE {table} SET
 	attempts        = 0,
 	locked_at       = NULL,
 	lease_until     = NULL
-WHERE {key} AND CASE WHEN status = 'pending' AND lease_token IS NULL
+WHERE {key} AND CASE WHEN status::text = 'pending' AND lease_token IS NULL
 	THEN ` + strings.ReplaceAll(payloadChangedSQL, "first_payload", "$5::text") + ` END
 RETURNING 'refreshed', false, ` + rowColumns
 
@@ -60,7 +60,7 @@ RETURNING 'refreshed', false, ` + rowColumns
 const lookupSQL = `
 SELECT 'existing', false, ` + rowColumns + `
 FROM {table}
-WHERE {key} AND status <> 'pending'
+WHERE {key} AND status::text <> 'pending'
 	AND pg_catalog.num_nulls($4::bigint, $5::text, $6::text, $7::timestamptz, $8::timestamptz) IS NOT NULL
 ORDER BY type, booking_id, candidate_tg_id LIMIT 1
 FOR UPDATE`

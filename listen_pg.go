@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
 )
 
 // notifyEvery is how often a store sends a NOTIFY at most. A transaction with one
@@ -15,7 +16,7 @@ const notifyEvery = 250 * time.Millisecond
 
 // notifySQL wakes relays when its transaction commits. The payload tells the outboxes
 // of one database apart. $1 channel, $2 schema.
-const notifySQL = `SELECT pg_catalog.pg_notify($1::text, $2::text)`
+const notifySQL = `SELECT pg_catalog.pg_notify($1::pg_catalog.text, $2::pg_catalog.text)`
 
 // notify sends a NOTIFY if none has been sent for a while, and the store is
 // configured to. Of the adds in between, and of those whose NOTIFY a rollback takes
@@ -43,8 +44,9 @@ const (
 // again; adds that were made meanwhile are known by polling only.
 //
 // It takes a connection of its own beside the pool, with the pool's configuration,
-// BeforeConnect included but not AfterConnect. Where a pooler keeps notifications from arriving, which it finds out by
-// sending one through the pool, the error is [ErrNoNotifications].
+// BeforeConnect included but not AfterConnect. Where a pooler keeps notifications from
+// arriving, which it finds out by sending one through the pool, the error is
+// [ErrNoNotifications].
 func (s *PGStore) Listen(ctx context.Context, wake func()) error {
 	if wake == nil {
 		return invalid("wake", "nil")
@@ -112,7 +114,10 @@ func (s *PGStore) probe(ctx context.Context, conn *pgx.Conn) error {
 	mark := NewToken().String()
 	sending, cancel := context.WithTimeout(ctx, listenCheck)
 	defer cancel()
-	if err := s.pool.QueryRow(sending, notifySQL, tableName, mark).Scan(nil); err != nil {
+	err := s.onConn(sending, func(conn *pgxpool.Conn) error {
+		return conn.QueryRow(sending, notifySQL, tableName, mark).Scan(nil)
+	})
+	if err != nil {
 		return err
 	}
 	bounded, cancel := context.WithTimeout(ctx, probeTime)

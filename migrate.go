@@ -115,7 +115,7 @@ type queryRower interface {
 func (s *PGStore) schemaVersion(ctx context.Context, db queryRower) (int, error) {
 	table := pgx.Identifier{s.schema, "outbox_migrations"}.Sanitize()
 	var there bool
-	if err := db.QueryRow(ctx, "SELECT pg_catalog.to_regclass($1::text) IS NOT NULL", table).Scan(&there); err != nil || !there {
+	if err := db.QueryRow(ctx, "SELECT pg_catalog.to_regclass($1::pg_catalog.text) IS NOT NULL", table).Scan(&there); err != nil || !there {
 		return 0, err
 	}
 	var version int
@@ -136,7 +136,7 @@ func (s *PGStore) migrateTx(ctx context.Context, tx pgx.Tx, files []migrationFil
 		return fmt.Errorf("PostgreSQL %d is too old, the outbox needs 15 or newer", server/10000)
 	}
 	var mine bool
-	if err := tx.QueryRow(ctx, "SELECT pg_catalog.pg_try_advisory_xact_lock(pg_catalog.hashtextextended($1::text, 0))",
+	if err := tx.QueryRow(ctx, "SELECT pg_catalog.pg_try_advisory_xact_lock(pg_catalog.hashtextextended($1::pg_catalog.text, 0))",
 		"outbox migrate "+s.schema).Scan(&mine); err != nil {
 		return err
 	}
@@ -152,7 +152,7 @@ func (s *PGStore) migrateTx(ctx context.Context, tx pgx.Tx, files []migrationFil
 		return err
 	}
 	var there bool
-	if err := tx.QueryRow(ctx, "SELECT EXISTS (SELECT FROM pg_catalog.pg_namespace WHERE nspname = $1::text)", s.schema).Scan(&there); err != nil {
+	if err := tx.QueryRow(ctx, "SELECT EXISTS (SELECT FROM pg_catalog.pg_namespace WHERE nspname = $1::pg_catalog.text)", s.schema).Scan(&there); err != nil {
 		return err
 	}
 	if !there {

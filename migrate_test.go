@@ -124,7 +124,7 @@ func TestMigrate(t *testing.T) {
 					})
 				}
 				wg.Wait()
-				require.Equal(t, 2, pgtest.One[int](t, db, "SELECT count(*) FROM "+schema+".outbox_migrations"))
+				require.Equal(t, 3, pgtest.One[int](t, db, "SELECT count(*) FROM "+schema+".outbox_migrations"))
 			}
 		})
 	}
@@ -562,6 +562,16 @@ func TestUpgrade(t *testing.T) {
 		db := firstVersion(t)
 		require.NoError(t, outbox.Migrate(t.Context(), db.Pool))
 		require.Len(t, claim(t, db, outbox.ClaimOptions{}).Claimed, 10)
+	})
+	t.Run("refuses_a_purged_at_that_is_no_time", func(t *testing.T) {
+		t.Parallel()
+		db := firstVersion(t)
+		db.MustExec(t, "ALTER TABLE outbox_notifications ADD purged_at boolean")
+		before := describe(t, db)
+		require.ErrorContains(t, outbox.Migrate(t.Context(), db.Pool), "column purged_at of outbox_notifications is boolean, not timestamptz")
+		require.Equal(t, before, describe(t, db))
+		db.MustExec(t, "ALTER TABLE outbox_notifications DROP purged_at")
+		require.NoError(t, outbox.Migrate(t.Context(), db.Pool))
 	})
 	t.Run("uses_indexes_built_beforehand", func(t *testing.T) {
 		t.Parallel()

@@ -10,6 +10,7 @@ import (
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgtype"
+	"github.com/jackc/pgx/v5/pgxpool"
 )
 
 // getSQL reads the row of a key. $1 type, $2 booking_id, $3 candidate_tg_id.
@@ -112,19 +113,19 @@ func (f Filter) args() []any {
 
 // statusSQL has literals, as no partial index is used for a parameter.
 var statusSQL = map[Status]string{
-	"": "true", StatusPending: "status = 'pending'", StatusSent: "status = 'sent'", StatusFailed: "status = 'failed'",
+	"": "true", StatusPending: "status::text = 'pending'", StatusSent: "status::text = 'sent'", StatusFailed: "status::text = 'failed'",
 }
 
 const (
-	restSQL = `($3::text[] IS NULL OR type = ANY ($3::text[]))
-	AND ($5::bigint = 0 OR coalesce(created_at, '-infinity'::timestamptz) <= pg_catalog.now() - $5::bigint * interval '1 microsecond')
-	AND ($6::bigint = 0 OR created_at > pg_catalog.now() - $6::bigint * interval '1 microsecond')`
+	restSQL = `($3::text[] IS NULL OR type::text = ANY ($3::text[]))
+	AND ($5::bigint = 0 OR coalesce(created_at, '-infinity'::timestamptz) <= pg_catalog.now() - $5::bigint::double precision * interval '1 microsecond')
+	AND ($6::bigint = 0 OR created_at > pg_catalog.now() - $6::bigint::double precision * interval '1 microsecond')`
 
 	// ofBookingSQL finds a booking's rows by the key, which begins with the type. The
 	// subquery keeps the planner from walking the table by id until the limit is
 	// reached, which it may take to be near.
 	ofBookingSQL = `id = ANY (ARRAY(
-		SELECT id FROM {table} WHERE type = ANY ({types}) AND booking_id = $4::bigint))`
+		SELECT id FROM {table} WHERE type::text = ANY ({types}) AND booking_id = $4::bigint))`
 
 	// allTypesSQL goes from one type to the next in the key's index, reading one row
 	// of each.
@@ -132,7 +133,7 @@ const (
 			WITH RECURSIVE types AS (
 				(SELECT type::text FROM {table} ORDER BY type LIMIT 1)
 				UNION ALL
-				SELECT (SELECT o.type::text FROM {table} AS o WHERE o.type > t.type ORDER BY o.type LIMIT 1)
+				SELECT (SELECT o.type::text FROM {table} AS o WHERE o.type::text > t.type ORDER BY o.type LIMIT 1)
 				FROM types AS t WHERE t.type IS NOT NULL
 			)
 			SELECT type FROM types WHERE type IS NOT NULL)`
@@ -143,7 +144,7 @@ const (
 	// reading an index of all rows for the sake of the other conditions.
 	pendingSQL = `id = ANY (ARRAY(
 	SELECT id FROM (
-		SELECT id, type, created_at FROM {table} WHERE id > $1::bigint AND status = 'pending' OFFSET 0
+		SELECT id, type, created_at FROM {table} WHERE id > $1::bigint AND status::text = 'pending' OFFSET 0
 	) AS pending
 	WHERE $4::bigint = 0
 	AND ` + restSQL + `
@@ -191,27 +192,29 @@ func (s *PGStore) listSQL(f Filter) string {
 }
 
 // fill puts the table's name in, last, as that may hold anything.
-func (s *PGStore) fill(sql string) string { return strings.ReplaceAll(sql, "{table}", s.table) }
+func (s *PGStore) fill(sql string) string { return fillIn(sql, "{table}", s.table) }
 
 // collect runs a statement that returns rowColumns.
 func (s *PGStore) collect(ctx context.Context, sql string, args ...any) ([]Notification, error) {
 	var list []Notification
 	err := retry(ctx, func() error {
 		list = nil
-		rows, err := s.pool.Query(ctx, sql, args...)
-		if err != nil {
-			return err
-		}
-		defer rows.Close()
-		var scan rowScanner
-		for rows.Next() {
-			var n Notification
-			if err := scan.scan(rows, &n); err != nil {
+		return s.onConn(ctx, func(conn *pgxpool.Conn) error {
+			rows, err := conn.Query(ctx, sql, args...)
+			if err != nil {
 				return err
 			}
-			list = append(list, n)
-		}
-		return rows.Err()
+			defer rows.Close()
+			var scan rowScanner
+			for rows.Next() {
+				var n Notification
+				if err := scan.scan(rows, &n); err != nil {
+					return err
+				}
+				list = append(list, n)
+			}
+			return rows.Err()
+		})
 	})
 	return list, err
 }
@@ -223,9 +226,9 @@ const requeuedSQL = `
 	attempts      = 0,
 	next_retry_at = NULL,
 	not_after     = CASE WHEN not_after > pg_catalog.clock_timestamp() THEN not_after END,
-	sent_version  = CASE WHEN status = 'sent' THEN 0 ELSE sent_version END,
-	receipt       = CASE WHEN status = 'sent' THEN NULL ELSE receipt END,
-	sent_at       = CASE WHEN status = 'sent' THEN NULL ELSE sent_at END,
+	sent_version  = CASE WHEN status::text = 'sent' THEN 0 ELSE sent_version END,
+	receipt       = CASE WHEN status::text = 'sent' THEN NULL ELSE receipt END,
+	sent_at       = CASE WHEN status::text = 'sent' THEN NULL ELSE sent_at END,
 	locked_at     = NULL,
 	lease_until   = NULL,
 	lease_token   = NULL,
@@ -244,7 +247,7 @@ WHERE id = ANY (ARRAY(
 	FROM unnest($1::text[], $2::bigint[], $3::bigint[]) AS i (type, booking_id, candidate_tg_id)
 	CROSS JOIN LATERAL (
 		SELECT o.id FROM {table} AS o
-		WHERE {keys} AND o.status IN ('sent', 'failed')
+		WHERE {keys} AND o.status::text IN ('sent', 'failed') AND (o.purged_at IS NULL OR o.payload_json IS NOT NULL)
 		ORDER BY type, booking_id, candidate_tg_id LIMIT 1
 		FOR UPDATE
 	) AS o))`
@@ -260,14 +263,18 @@ WHERE id = ANY (ARRAY(
 // One that failed keeps them: if an earlier version was delivered, the sender can
 // still edit it.
 //
-// Pending rows, being delivered or not, and those with a status of another service
-// are left alone; neither they nor keys without a row count. A key given twice counts once.
+// Pending rows, being delivered or not, those with a status of another service, and
+// those that [PGStore.Purge] has been at, also where there was no payload to take, are left
+// alone; neither they nor keys without a row count. A key given twice counts once.
 //
 // It runs on the store's pool in one transaction, all or nothing, with at most four
 // statements. It waits for callers that have added one of the keys and not ended their
 // transaction yet, bounded by ctx and by lock_timeout, and holds up others that add one
 // until it is done. It locks in the order of [PGStore.AddNotifications], so the two
 // never deadlock. A bad key is an [InvalidError] with its index; then none is requeued.
+//
+// It needs migration 3, and SELECT and UPDATE on the table: without, the error is
+// [ErrSetup].
 func (s *PGStore) Requeue(ctx context.Context, keys ...Key) (int, error) {
 	ins := make([]input, len(keys))
 	for i, k := range keys {
@@ -282,7 +289,7 @@ func (s *PGStore) Requeue(ctx context.Context, keys ...Key) (int, error) {
 	}
 	rows := fold(ins, keyOrder(ins), make([]bool, len(ins)))
 	n := 0
-	err := runInTx(ctx, s.pool, pgx.TxOptions{IsoLevel: pgx.ReadCommitted}, func(tx pgx.Tx) error {
+	requeue := func(tx pgx.Tx) error {
 		n = 0
 		for shape, group := range byShape(rows) {
 			if len(group) == 0 {
@@ -298,6 +305,11 @@ func (s *PGStore) Requeue(ctx context.Context, keys ...Key) (int, error) {
 			return nil
 		}
 		return s.notify(ctx, tx)
+	}
+	err := retry(ctx, func() error {
+		return s.onConn(ctx, func(conn *pgxpool.Conn) error {
+			return pgx.BeginTxFunc(ctx, conn, pgx.TxOptions{IsoLevel: pgx.ReadCommitted}, requeue)
+		})
 	})
 	if err != nil {
 		return 0, s.explain("requeue", err)
@@ -315,6 +327,7 @@ UPDATE {table} SET` + requeuedSQL + `
 WHERE id = ANY (ARRAY(
 	SELECT id FROM {table}
 	WHERE {where}
+	AND (purged_at IS NULL OR payload_json IS NOT NULL)
 	ORDER BY id LIMIT $2::bigint
 	FOR UPDATE SKIP LOCKED))
 RETURNING ` + rowColumns
@@ -329,9 +342,12 @@ RETURNING ` + rowColumns
 //
 // A row that another transaction holds at that moment, such as that of a caller
 // who has just added it again, is passed over, so this waits for nobody; so is a
-// row that no longer matches. Of several callers at once each requeues rows
-// of its own. It runs on the store's pool in one statement. A bad filter is an
-// [InvalidError].
+// row that no longer matches, and one that [PGStore.Purge] has been at, also where there
+// was no payload to take. Of several callers at once each requeues rows of its own. It
+// runs on the store's pool in one statement. A bad filter is an [InvalidError].
+//
+// It needs migration 3, and SELECT and UPDATE on the table: without, the error is
+// [ErrSetup].
 func (s *PGStore) RequeueMatching(ctx context.Context, f Filter) ([]Notification, error) {
 	f, bad := f.check()
 	if bad != nil {
@@ -345,8 +361,8 @@ func (s *PGStore) RequeueMatching(ctx context.Context, f Filter) ([]Notification
 		return nil, s.explain("requeue matching", err)
 	}
 	slices.SortFunc(list, func(a, b Notification) int { return cmp.Compare(a.ID, b.ID) })
-	if len(list) > 0 {
-		if err := s.notify(ctx, s.pool); err != nil {
+	if len(list) > 0 && s.notifies {
+		if err := s.onConn(ctx, func(conn *pgxpool.Conn) error { return s.notify(ctx, conn) }); err != nil {
 			// They are requeued; relays learn of it by polling.
 			s.logger.LogAttrs(ctx, slog.LevelWarn, "outbox: notify of requeued rows", slog.String("error", err.Error()))
 		}
@@ -408,11 +424,11 @@ func (t *TypeStats) add(o TypeStats) {
 // planner takes it to have: as dense as when it was last looked at. The other
 // counter is for a table that was not looked at yet, or was empty then. $1 table.
 const sizeSQL = `
-SELECT pg_catalog.now(), bytes, CASE WHEN reltuples >= 0 AND relpages > 0
-	THEN reltuples::float8 / relpages * (bytes / pg_catalog.current_setting('block_size')::bigint)
+SELECT pg_catalog.now(), bytes, CASE WHEN reltuples >= 0::real AND relpages > 0
+	THEN reltuples::double precision / relpages::double precision * (bytes / pg_catalog.current_setting('block_size')::bigint)::double precision
 	ELSE pg_catalog.pg_stat_get_live_tuples(oid) END::bigint
 FROM (SELECT *, pg_catalog.pg_relation_size(oid) AS bytes FROM pg_catalog.pg_class) AS c
-WHERE oid = $1::text::pg_catalog.regclass`
+WHERE oid = $1::pg_catalog.text::pg_catalog.regclass::pg_catalog.oid`
 
 // depthSQL counts what is pending and what has failed, through the partial indexes of
 // the two. Due is what a claim by any relay would take, see claimSQL. Infinity is no
@@ -426,18 +442,18 @@ SELECT type, 'pending', pg_catalog.count(*),
 FROM (
 	SELECT type, ` + dueSQL + ` AS due,
 		lease_token IS NOT NULL AND coalesce(lease_until > pg_catalog.now(), false) AS in_flight
-	FROM {table} WHERE status = 'pending'
+	FROM {table} WHERE status::text = 'pending'
 ) AS pending
 GROUP BY type
 UNION ALL
 SELECT type, 'failed', pg_catalog.count(*), 0, 0, NULL, NULL
-FROM {table} WHERE status = 'failed'
+FROM {table} WHERE status::text = 'failed'
 GROUP BY type`
 
 // countSentSQL is run on small tables only. In one statement with depthSQL, even if it
 // were not executed there on large ones, its cost would have the planner compile the
 // statement first (jit).
-const countSentSQL = `SELECT pg_catalog.count(*) FROM {table} WHERE status = 'sent'`
+const countSentSQL = `SELECT pg_catalog.count(*) FROM {table} WHERE status::text = 'sent'`
 
 const maxExactBytes = 16 << 20
 

@@ -81,7 +81,7 @@ type Notification struct {
 	BookingID     int64           // 0: none
 	CandidateTgID int64           // 0: none
 	RecruiterTgID int64           // 0: none
-	Payload       json.RawMessage // nil: none
+	Payload       json.RawMessage // nil: none, or purged
 	CorrelationID string
 	Status        Status
 	Attempts      int       // counted when a delivery is claimed

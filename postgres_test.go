@@ -1,14 +1,29 @@
 package outbox_test
 
 import (
+	"flag"
 	"log/slog"
+	"os"
 	"strconv"
 	"testing"
 
 	"github.com/seed3357934d/outbox/internal/pgtest"
 )
 
-func TestMain(m *testing.M) { pgtest.Main(m) }
+// What the flags of rapid are where the command line does not say otherwise: few checks, as
+// every run has others but in CI, and no files of failures, as a failure tells its seed.
+func TestMain(m *testing.M) {
+	flags := map[string]string{"rapid.checks": "20", "rapid.nofailfile": "true"}
+	if os.Getenv("CI") != "" {
+		flags["rapid.seed"] = "1"
+	}
+	for name, value := range flags {
+		if err := flag.Set(name, value); err != nil {
+			panic(err)
+		}
+	}
+	pgtest.Main(m)
+}
 
 var discard = slog.New(slog.DiscardHandler)
 

@@ -328,8 +328,8 @@ func testIsolation(t *testing.T, guess int) {
 		{"the rival finds nothing to change and commits", true, add("mine"), commit, refreshed, refreshed},
 		{"the rival settles the row and commits", true, exec("UPDATE outbox_notifications SET status = 'sent'"), commit, existing, retry},
 		{"the rival settles the row and rolls back", true, exec("UPDATE outbox_notifications SET status = 'sent'"), rollback, refreshed, refreshed},
-		{"the rival purges the row and commits", true, exec("DELETE FROM outbox_notifications"), commit, created, retry},
-		{"the rival purges the row and rolls back", true, exec("DELETE FROM outbox_notifications"), rollback, refreshed, refreshed},
+		{"the rival deletes the row and commits", true, exec("DELETE FROM outbox_notifications"), commit, created, retry},
+		{"the rival deletes the row and rolls back", true, exec("DELETE FROM outbox_notifications"), rollback, refreshed, refreshed},
 	} {
 		for level, want := range map[pgx.TxIsoLevel]string{
 			pgx.ReadCommitted: c.committed, pgx.RepeatableRead: c.strict, pgx.Serializable: c.strict,

@@ -147,11 +147,11 @@ func (k Key) shape() int {
 }
 
 func prepare(table string) statements {
-	fill := strings.NewReplacer("{table}", table)
-	st := statements{claim: fill.Replace(claimSQL), extend: fill.Replace(extendSQL), settle: fill.Replace(settleSQL)}
+	fill := func(sql string) string { return fillIn(sql, "{table}", table) }
+	st := statements{claim: fill(claimSQL), extend: fill(extendSQL), settle: fill(settleSQL)}
 	for shape := range keyShapes {
-		one := "type = $1::text AND booking_id = $2::bigint AND candidate_tg_id = $3::bigint"
-		many := "o.type = i.type AND o.booking_id = i.booking_id AND o.candidate_tg_id = i.candidate_tg_id"
+		one := "type::text = $1::text AND booking_id = $2::bigint AND candidate_tg_id = $3::bigint"
+		many := "o.type::text = i.type AND o.booking_id = i.booking_id AND o.candidate_tg_id = i.candidate_tg_id"
 		if shape&noBooking != 0 {
 			one = strings.Replace(one, "booking_id = $2::bigint", "booking_id IS NULL AND $2::bigint IS NULL", 1)
 			many = strings.Replace(many, "o.booking_id = i.booking_id", "o.booking_id IS NULL", 1)
@@ -160,25 +160,48 @@ func prepare(table string) statements {
 			one = strings.Replace(one, "candidate_tg_id = $3::bigint", "candidate_tg_id IS NULL AND $3::bigint IS NULL", 1)
 			many = strings.Replace(many, "o.candidate_tg_id = i.candidate_tg_id", "o.candidate_tg_id IS NULL", 1)
 		}
-		fill := strings.NewReplacer("{table}", table, "{key}", one, "{keys}", many)
-		st.add[shape] = fill.Replace(addSQL)
-		st.guess[foundOther][shape] = st.add[shape]
-		st.guess[foundNone][shape] = fill.Replace(insertSQL)
-		st.guess[foundPending][shape] = st.add[shape]
-		st.guess[foundSettled][shape] = fill.Replace(lookupSQL)
-		if shape == 0 { // of keys with absent parts the planner expects many rows
-			st.guess[foundPending][shape] = fill.Replace(updateSQL)
+		fill := func(sql string) string {
+			return fillIn(sql, "{table}", table, "{key}", qualify(one), "{keys}", qualify(many))
 		}
-		st.addMany[shape] = fill.Replace(addManySQL)
+		st.add[shape] = fill(addSQL)
+		st.guess[foundOther][shape] = st.add[shape]
+		st.guess[foundNone][shape] = fill(insertSQL)
+		st.guess[foundPending][shape] = st.add[shape]
+		st.guess[foundSettled][shape] = fill(lookupSQL)
+		if shape == 0 { // of keys with absent parts the planner expects many rows
+			st.guess[foundPending][shape] = fill(updateSQL)
+		}
+		st.addMany[shape] = fill(addManySQL)
 		for f := range st.guessMany {
 			st.guessMany[f][shape] = st.addMany[shape]
 		}
-		st.guessMany[foundNone][shape] = fill.Replace(newManySQL)
-		st.get[shape] = fill.Replace(getSQL)
-		st.requeue[shape] = fill.Replace(requeueSQL)
+		st.guessMany[foundNone][shape] = fill(newManySQL)
+		st.get[shape] = fill(getSQL)
+		st.requeue[shape] = fill(requeueSQL)
 	}
 	return st
 }
+
+// fillIn puts the table's name and more into a statement whose types are qualified, in
+// one pass, as a name may hold anything.
+func fillIn(sql string, oldnew ...string) string {
+	return strings.NewReplacer(oldnew...).Replace(qualify(sql))
+}
+
+// qualify names the schema of the types that a statement casts to, which it is easier
+// to read without. Nothing of the search_path is called or cast to, which is the
+// caller's, and where others may be able to create things:
+//
+//   - functions are qualified, and so are types that are no keywords of SQL: a
+//     temporary table named text is a type that stands before PostgreSQL's own;
+//   - operators are not, but their operands are of the very types that an operator of
+//     PostgreSQL takes. Hence the casts of varchar columns: varchar = text is text =
+//     text by conversion, and an operator of anybody's for just those two would win.
+//
+// What that leaves is a search_path that names pg_catalog behind a schema in which
+// others may create: then theirs is the first (TestHostileSearchPath).
+var qualify = strings.NewReplacer("::text", "::pg_catalog.text", "::jsonb", "::pg_catalog.jsonb", "::json", "::pg_catalog.json",
+	"::timestamptz", "::pg_catalog.timestamptz", "::uuid", "::pg_catalog.uuid").Replace
 
 // rowColumns is what rowScanner reads.
 const rowColumns = `id, type, booking_id, candidate_tg_id, recruiter_tg_id, payload_json, correlation_id,
@@ -213,7 +236,7 @@ const rowColumns = `id, type, booking_id, candidate_tg_id, recruiter_tg_id, payl
 // Where a row was found no id is drawn from the sequence, which may be that of an
 // integer column.
 //
-// Functions are qualified: the search_path is the caller's.
+// See qualify for what the search_path, the caller's, is asked for.
 var addSQL = `
 WITH found AS MATERIALIZED (
 	SELECT ` + rowColumns + `, lease_token, lease_until
@@ -240,7 +263,7 @@ WITH found AS MATERIALIZED (
 					$7::timestamptz AS given_not_before, $8::timestamptz AS given_not_after, `+inFlightSQL+` AS in_flight,
 					`+strings.ReplaceAll(payloadChangedSQL, "first_payload", "$5::text")+` AS payload_written
 				FROM found
-				WHERE status = 'pending'
+				WHERE status::text = 'pending'
 				OFFSET 0
 			) AS compared
 		) AS counted
@@ -250,7 +273,7 @@ SELECT 'created', false, ` + rowColumns + ` FROM created
 UNION ALL
 SELECT 'refreshed', in_flight, ` + rowColumns + ` FROM refreshed
 UNION ALL
-SELECT CASE WHEN status = 'pending' THEN 'unchanged' ELSE 'existing' END, status = 'pending' AND ` + inFlightSQL + `, ` + rowColumns + `
+SELECT CASE WHEN status::text = 'pending' THEN 'unchanged' ELSE 'existing' END, status::text = 'pending' AND ` + inFlightSQL + `, ` + rowColumns + `
 FROM found
 WHERE NOT EXISTS (SELECT FROM refreshed)`
 
@@ -277,7 +300,7 @@ const (
 
 	inFlightSQL = `(lease_token IS NOT NULL AND coalesce(lease_until > pg_catalog.clock_timestamp(), false))`
 
-	otherwiseDirtySQL = `correlation_id IS DISTINCT FROM coalesce(given_correlation, correlation_id)
+	otherwiseDirtySQL = `correlation_id::text IS DISTINCT FROM coalesce(given_correlation, correlation_id)
 		OR not_after IS DISTINCT FROM coalesce(given_not_after, not_after)
 		OR next_retry_at IS DISTINCT FROM given_not_before
 		OR NOT in_flight AND (attempts IS DISTINCT FROM 0 OR pg_catalog.num_nonnulls(locked_at, lease_until) > 0)`
@@ -385,8 +408,8 @@ func (s *PGStore) logExisting(ctx context.Context, res AddResult) {
 }
 
 // fitsSQL tells whether booking_id is a bigint; no row if there is no table.
-const fitsSQL = `SELECT atttypid = 'pg_catalog.int8'::pg_catalog.regtype FROM pg_catalog.pg_attribute
-WHERE attrelid = pg_catalog.to_regclass($1::text) AND attname = 'booking_id'`
+const fitsSQL = `SELECT atttypid = 'pg_catalog.int8'::pg_catalog.regtype::pg_catalog.oid FROM pg_catalog.pg_attribute
+WHERE attrelid = pg_catalog.to_regclass($1::pg_catalog.text)::pg_catalog.oid AND attname = 'booking_id'`
 
 // fits refuses a booking id that the column cannot hold. A table that was taken
 // over may have an integer column, where such an id would be an error in SQL and

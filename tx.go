@@ -23,6 +23,7 @@ const (
 	codeNoTable              = "42P01"
 	codeNoKey                = "42P10"
 	codeLockTimeout          = "55P03"
+	codeDiskFull             = "53100"
 	codeCancelled            = "57014"
 )
 
@@ -138,6 +139,8 @@ func (s *PGStore) explain(operation string, err error) error {
 		err = setupError{err}
 	case codeReadOnly:
 		hint = "the transaction is read-only: "
+	case codeDiskFull:
+		hint = "the server's disk is full: "
 	case codeAborted:
 		hint = "an earlier error has aborted the transaction: "
 	case codeLockTimeout:

@@ -4,6 +4,9 @@
 -- Runs as it is under goose, tern and golang-migrate, in the first schema of the
 -- search_path, and under outbox.Migrate. Running it again changes nothing.
 --
+-- Functions of polymorphic arguments are qualified, and operands are of the types of
+-- PostgreSQL's operators: what others may have created in the schema is not called.
+--
 -- Locks: ACCESS EXCLUSIVE on outbox_notifications until the end of the
 -- transaction. On a new table that is nobody's concern. On one that is taken over
 -- it lasts as long as the search for duplicate keys and the build of one unique
@@ -13,7 +16,7 @@
 -- +goose StatementBegin
 DO $path$
 BEGIN
-	IF (SELECT relnamespace FROM pg_class WHERE oid = to_regclass('outbox_notifications'))
+	IF (SELECT relnamespace FROM pg_class WHERE oid = to_regclass('outbox_notifications')::oid)
 		NOT IN (SELECT oid FROM pg_namespace WHERE nspname = current_schema() OR oid = pg_my_temp_schema())
 	THEN
 		RAISE EXCEPTION 'the search_path begins with schema %, but finds outbox_notifications in another: put that one first',
@@ -50,7 +53,7 @@ CREATE TABLE IF NOT EXISTS outbox_notifications (
 -- +goose StatementBegin
 DO $adopt$
 DECLARE
-	tab    CONSTANT regclass := 'outbox_notifications'::regclass;
+	tab    CONSTANT oid := 'outbox_notifications'::regclass::oid;
 	idcol  smallint[];
 	keycol smallint[];
 	keyed  oid; -- the index of the key
@@ -69,8 +72,8 @@ BEGIN
 	-- Nobody may add a duplicate between the search for them and the index.
 	LOCK TABLE outbox_notifications IN ACCESS EXCLUSIVE MODE;
 
-	SELECT array_agg(attnum ORDER BY attnum) INTO idcol FROM pg_attribute WHERE attrelid = tab AND attname = 'id';
-	SELECT array_agg(attnum ORDER BY attnum) INTO keycol FROM pg_attribute
+	SELECT pg_catalog.array_agg(attnum ORDER BY attnum) INTO idcol FROM pg_attribute WHERE attrelid = tab AND attname = 'id';
+	SELECT pg_catalog.array_agg(attnum ORDER BY attnum) INTO keycol FROM pg_attribute
 	WHERE attrelid = tab AND attname IN ('type', 'booking_id', 'candidate_tg_id');
 
 	-- What an invalid index of ours is: a CREATE INDEX CONCURRENTLY that failed.
@@ -111,7 +114,7 @@ BEGIN
 		WHERE a.attrelid = tab AND a.attnum > 0 AND NOT a.attisdropped
 	), indexes AS (
 		SELECT i.*, i.indexrelid::regclass AS index,
-			(SELECT array_agg(n ORDER BY n) FROM unnest(i.indkey::smallint[]) AS n) AS columns,
+			(SELECT pg_catalog.array_agg(n ORDER BY n) FROM pg_catalog.unnest(i.indkey::smallint[]) AS n) AS columns,
 			indpred IS NULL AND indexprs IS NULL AND indisvalid AND indnatts = indnkeyatts AS plain
 		FROM pg_index i
 		WHERE indrelid = tab AND (indisunique OR indisexclusion)
@@ -119,33 +122,33 @@ BEGIN
 	SELECT string_agg(complaint, E'\n' ORDER BY complaint) INTO report FROM (
 		SELECT CASE
 			WHEN attname IS NULL AND NOT ours
-				THEN format('column %s is missing', name)
+				THEN pg_catalog.format('column %s is missing', name)
 			WHEN typname <> ALL (types)
-				THEN format('column %s is %s, not %s', name, format_type(atttypid, atttypmod), array_to_string(types, ' or '))
+				THEN pg_catalog.format('column %s is %s, not %s', name, format_type(atttypid, atttypmod), pg_catalog.array_to_string(types, ' or '))
 			-- the type modifier of varchar is its length and 4; -1 is no limit
 			WHEN atttypmod >= 0 AND atttypmod - 4 < width
-				THEN format('column %s is %s, too short for %s characters', name, format_type(atttypid, atttypmod), width)
+				THEN pg_catalog.format('column %s is %s, too short for %s characters', name, format_type(atttypid, atttypmod), width)
 			WHEN attgenerated <> ''
-				THEN format('column %s is generated', name)
+				THEN pg_catalog.format('column %s is generated', name)
 			WHEN name = 'id' AND NOT atthasdef AND attidentity = ''
 				THEN 'column id has no default and is no identity'
 			WHEN name IN ('version', 'sent_version') AND NOT (attnotnull AND atthasdef)
-				THEN format('column %s must be NOT NULL and have a default', name)
+				THEN pg_catalog.format('column %s must be NOT NULL and have a default', name)
 			WHEN name = 'type' AND NOT collisdeterministic
 				THEN 'column type has a nondeterministic collation'
 			END
 		FROM wanted LEFT JOIN present ON attname = name
 		UNION ALL
-		SELECT format('column %s is NOT NULL without a default, and nothing here knows what to write to it', attname)
+		SELECT pg_catalog.format('column %s is NOT NULL without a default, and nothing here knows what to write to it', attname)
 		FROM present
 		WHERE attnotnull AND NOT atthasdef AND attidentity = '' AND attname NOT IN (SELECT name FROM wanted)
 		UNION ALL
 		SELECT 'column id has no unique index of its own'
-		WHERE NOT EXISTS (SELECT FROM indexes WHERE plain AND indimmediate AND indisunique AND columns = idcol)
+		WHERE NOT EXISTS (SELECT FROM indexes WHERE plain AND indimmediate AND indisunique AND columns::text = idcol::text)
 		UNION ALL
-		SELECT format('index %s lets no two rows share other things than id or the key, and would break an add: %s', index, pg_get_indexdef(indexrelid))
+		SELECT pg_catalog.format('index %s lets no two rows share other things than id or the key, and would break an add: %s', index, pg_get_indexdef(indexrelid))
 		FROM indexes
-		WHERE NOT (plain AND columns = idcol) AND NOT (plain AND columns = keycol AND NOT indisprimary)
+		WHERE NOT (plain AND columns::text = idcol::text) AND NOT (plain AND columns::text = keycol::text AND NOT indisprimary)
 	) AS c (complaint);
 	IF report IS NOT NULL THEN
 		RAISE EXCEPTION 'the table outbox_notifications cannot be taken over'
@@ -166,13 +169,13 @@ BEGIN
 	SELECT indexrelid INTO keyed FROM pg_index i
 	WHERE indrelid = tab AND indisunique AND indnullsnotdistinct AND indimmediate AND indisvalid
 		AND indpred IS NULL AND indexprs IS NULL AND indnatts = 3
-		AND (SELECT array_agg(n ORDER BY n) FROM unnest(i.indkey::smallint[]) AS n) = keycol
+		AND (SELECT pg_catalog.array_agg(n ORDER BY n) FROM pg_catalog.unnest(i.indkey::smallint[]) AS n)::text = keycol::text
 	ORDER BY indexrelid LIMIT 1;
 
 	IF keyed IS NULL THEN
 		-- One row a key. Absent parts are equal, which the old constraint did not see to.
 		WITH shared AS (
-			SELECT type, booking_id, candidate_tg_id, count(*) AS rows, array_agg(id ORDER BY id) AS ids
+			SELECT type, booking_id, candidate_tg_id, count(*) AS rows, pg_catalog.array_agg(id ORDER BY id) AS ids
 			FROM outbox_notifications
 			GROUP BY type, booking_id, candidate_tg_id
 			HAVING count(*) > 1
@@ -180,13 +183,13 @@ BEGIN
 			SELECT * FROM shared ORDER BY ids[1] LIMIT 100
 		)
 		SELECT (SELECT count(*) FROM shared),
-			string_agg(format('type %L, booking_id %s, candidate_tg_id %s: %s rows, id %s', type, coalesce(booking_id::text, 'NULL'),
-				coalesce(candidate_tg_id::text, 'NULL'), rows, array_to_string(ids[1:20], ', ') || CASE WHEN rows > 20 THEN ', ...' ELSE '' END),
+			string_agg(pg_catalog.format('type %L, booking_id %s, candidate_tg_id %s: %s rows, id %s', type, coalesce(booking_id::text, 'NULL'),
+				coalesce(candidate_tg_id::text, 'NULL'), rows, pg_catalog.array_to_string(ids[1:20], ', ') || CASE WHEN rows > 20 THEN ', ...' ELSE '' END),
 				E'\n' ORDER BY ids[1])
 		INTO total, report FROM listed;
 		IF total > 0 THEN
 			RAISE EXCEPTION 'the table outbox_notifications cannot be taken over: rows share a key (% keys)', total
-				USING DETAIL = report || CASE WHEN total > 100 THEN format(E'\nand %s more keys', total - 100) ELSE '' END,
+				USING DETAIL = report || CASE WHEN total > 100 THEN pg_catalog.format(E'\nand %s more keys', total - 100) ELSE '' END,
 				HINT = 'Keep one row of each key and delete the others, then migrate again. Nothing has been changed.';
 		END IF;
 		IF EXISTS (
@@ -209,15 +212,15 @@ BEGIN
 	FOR old IN
 		SELECT c.conname FROM pg_constraint c JOIN pg_index i ON i.indexrelid = c.conindid
 		WHERE c.conrelid = tab AND c.contype = 'u' AND c.conindid <> keyed AND i.indnatts = 3
-			AND (SELECT array_agg(n ORDER BY n) FROM unnest(c.conkey) AS n) = keycol
+			AND (SELECT pg_catalog.array_agg(n ORDER BY n) FROM pg_catalog.unnest(c.conkey) AS n)::text = keycol::text
 			AND NOT EXISTS (SELECT FROM pg_constraint r WHERE r.contype = 'f' AND r.conindid = c.conindid)
 		ORDER BY c.oid DESC
 	LOOP
-		EXECUTE format('ALTER TABLE outbox_notifications DROP CONSTRAINT %I', old);
+		EXECUTE pg_catalog.format('ALTER TABLE outbox_notifications DROP CONSTRAINT %I', old);
 		taken := old; -- at last the oldest
 	END LOOP;
 	IF taken IS NOT NULL AND NOT EXISTS (SELECT FROM pg_constraint WHERE conindid = keyed AND contype = 'u') THEN
-		EXECUTE format('ALTER TABLE outbox_notifications ADD CONSTRAINT %I UNIQUE USING INDEX %I',
+		EXECUTE pg_catalog.format('ALTER TABLE outbox_notifications ADD CONSTRAINT %I UNIQUE USING INDEX %I',
 			taken, (SELECT relname FROM pg_class WHERE oid = keyed));
 	END IF;
 END

@@ -20,10 +20,10 @@ BEGIN
 	-- What an invalid index of ours is: a CREATE INDEX CONCURRENTLY that failed.
 	FOR broken IN
 		SELECT c.oid FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid
-		WHERE i.indrelid = 'outbox_notifications'::regclass AND NOT i.indisvalid
+		WHERE i.indrelid = 'outbox_notifications'::regclass::oid AND NOT i.indisvalid
 			AND c.relname IN ('outbox_notifications_due', 'outbox_notifications_failed')
 	LOOP
-		EXECUTE format('DROP INDEX %s', broken);
+		EXECUTE pg_catalog.format('DROP INDEX %s', broken);
 	END LOOP;
 END
 $broken$;
@@ -32,10 +32,10 @@ $broken$;
 -- The order of delivery. Neither sent rows nor rows that are due later cost a claim
 -- anything, and as it has none of the lease's columns, a claim writes no index.
 CREATE INDEX IF NOT EXISTS outbox_notifications_due
-	ON outbox_notifications ((coalesce(next_retry_at, created_at, '-infinity'::timestamptz)), id) WHERE status = 'pending';
+	ON outbox_notifications ((coalesce(next_retry_at, created_at, '-infinity'::timestamptz)), id) WHERE status::text = 'pending';
 
 -- For operators: few rows, among many that were sent.
 CREATE INDEX IF NOT EXISTS outbox_notifications_failed
-	ON outbox_notifications (id) WHERE status = 'failed';
+	ON outbox_notifications (id) WHERE status::text = 'failed';
 
 INSERT INTO outbox_migrations (version) VALUES (2) ON CONFLICT DO NOTHING;

@@ -25,7 +25,9 @@ func (r *run) attempt(ctx context.Context, it *item) outbox.Settlement {
 		case err != nil:
 			f := inspect(fmt.Errorf("reconcile: %w", err))
 			f.permanent, f.unknown = false, true // nothing was found out
-			return r.judge(ctx, it, f)
+			st := r.judge(ctx, it, f)
+			st.Asked = st.Verdict == outbox.Retry
+			return st
 		case delivered:
 			return outbox.Settlement{Verdict: outbox.Delivered, Receipt: r.receipt(n, receipt)}
 		case it.UnknownVersion < n.Version, it.Expired:

@@ -45,7 +45,7 @@ func (r *run) claimOn(ctx context.Context) error {
 		if !repeating {
 			since = horizon.since()
 		}
-		found, suspect, last, err := r.claim(ctx, outbox.ClaimOptions{Token: token, Limit: limit, InTurn: inTurn, Since: since})
+		found, suspect, last, err := r.claim(ctx, outbox.ClaimOptions{Token: token, Repeated: repeating, Limit: limit, InTurn: inTurn, Since: since})
 		switch {
 		case errors.Is(err, errBusy):
 			trouble.ended()
@@ -67,7 +67,7 @@ func (r *run) claimOn(ctx context.Context) error {
 				r.awaitAnswer(ctx, &trouble)
 				// The database answers, but not to this. What the claim leased after all comes
 				// back at the end of its lease.
-				if since.IsZero() && horizon.timedOut() {
+				if since.IsZero() && horizon.timedOut(r.callTimeout()) {
 					token, repeating = outbox.NewToken(), false
 				}
 			}

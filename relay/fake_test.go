@@ -252,7 +252,7 @@ func (q *fakeQueue) settle(st outbox.Settlement) outbox.LeaseResult {
 		row.token = outbox.Token{}
 	}
 	row.until, row.LockedAt = time.Time{}, time.Time{}
-	current := row.leased == row.Version
+	current := row.leased == row.Version || st.Asked
 	switch st.Verdict {
 	case outbox.Delivered:
 		row.SentVersion, row.Receipt = row.leased, st.Receipt

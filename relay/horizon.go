@@ -17,6 +17,7 @@ type horizon struct {
 	last  time.Time     // when the last row that was claimed fell due; zero: not known
 	slow  int           // whole claims running that were slow; one may have been an accident
 	took  time.Duration // by the last of them
+	lost  int           // whole claims running that had no answer
 	every time.Duration // how long after a whole claim the next one is made
 	at    time.Time     // when the last whole claim ended
 }
@@ -41,16 +42,11 @@ func (h *horizon) since() time.Time {
 // that it was to find if full, the last of which fell due at last.
 func (h *horizon) claimed(since time.Time, took time.Duration, found int, full bool, last time.Time) {
 	if since.IsZero() {
-		h.at = time.Now()
+		h.at, h.lost = time.Now(), 0
 		if took < quickClaim+time.Duration(found)*quickRow {
 			h.slow, h.took = 0, 0
 		} else {
-			// The lesser of two, so that one accident does not put off the next for long.
-			h.every = min(wholeShare*took, wholeLeast)
-			if h.slow > 0 {
-				h.every = min(wholeShare*h.took, h.every)
-			}
-			h.slow, h.took = h.slow+1, took
+			h.slowClaim(took)
 		}
 	}
 	if full || last.After(h.last) { // what is behind a full claim has been claimed, but nothing else
@@ -58,10 +54,22 @@ func (h *horizon) claimed(since time.Time, took time.Duration, found int, full b
 	}
 }
 
-// timedOut takes note of a whole claim that had no answer in time, and reports whether
-// there is a way on without another one.
-func (h *horizon) timedOut() bool {
-	h.slow, h.took = h.slow+1, wholeLeast
-	h.every, h.at = wholeLeast, time.Now()
-	return !h.since().IsZero()
+// slowClaim takes note of a whole claim that took, or was given, so long.
+func (h *horizon) slowClaim(took time.Duration) {
+	// The lesser of two, so that one accident does not put off the next for long.
+	h.every = min(wholeShare*took, wholeLeast)
+	if h.slow > 0 {
+		h.every = min(wholeShare*h.took, h.every)
+	}
+	h.slow, h.took = h.slow+1, took
+}
+
+// timedOut takes note of a whole claim that had no answer in that time, and reports whether
+// to go on without one. The first may have been an accident: it is to be repeated, as
+// what it leased after all would cost an attempt.
+func (h *horizon) timedOut(after time.Duration) bool {
+	h.slowClaim(after)
+	h.at = time.Now()
+	h.lost++
+	return h.lost > 1 && !h.since().IsZero()
 }

@@ -480,6 +480,39 @@ func TestCallerHoldsTheRow(t *testing.T) {
 	})
 }
 
+// TestReconcilerWithoutAnAnswer: what is asked about in vain is older than what the row has,
+// which goes out when the attempts are over, and no sooner than the Reconciler wants to
+// be asked again.
+//
+// Mutations: st.Asked left out of attempt, asked IS NOT TRUE out of settleSQL.
+func TestReconcilerWithoutAnAnswer(t *testing.T) {
+	t.Parallel()
+	db := pgtest.NewDB(t)
+	db.Add(t, message(1))
+	_, err := db.Store.Claim(t.Context(), outbox.ClaimOptions{Limit: 1, Lease: time.Minute})
+	require.NoError(t, err)
+	db.MustExec(t, "UPDATE outbox_notifications SET lease_until = now()")
+	newer := message(1)
+	newer.Payload = "newer"
+	require.Equal(t, int64(2), db.Add(t, newer).Notification.Version)
+
+	const pause = 50 * time.Millisecond
+	var times []time.Time
+	s := &reconciler{answer: func() (string, bool, error) {
+		times = append(times, time.Now())
+		return "", false, relay.RetryAfter(errors.New("busy"), pause)
+	}}
+	stop := run(t, newRelay(t, db.Store, s, relay.Config{MaxAttempts: 2, PollInterval: time.Millisecond, Backoff: func(int) time.Duration { return 0 }}))
+	untilSettled(t, db)
+	stop()
+	require.Equal(t, []int64{1, 1, 1}, s.asked)
+	require.Equal(t, []int64{2}, s.sent)
+	for i := range 2 {
+		require.GreaterOrEqual(t, times[i+1].Sub(times[i]), pause)
+	}
+	require.Equal(t, outbox.StatusSent, db.Get(t, newer.Key()).Status)
+}
+
 // Two hundred rows a batch from eight relays: what one holds the others pass over.
 func TestManyRelays(t *testing.T) {
 	t.Parallel()

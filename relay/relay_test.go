@@ -39,6 +39,7 @@ var discard = slog.New(slog.NewTextHandler(io.Discard, nil))
 //	own rows claimed again (Except)            sends_nothing_on_a_lease_...
 //	a new token after a failed claim, or the   repeats_a_claim_...; TestShutdown
 //	same for ever
+//	Repeated never or always said              repeats_a_claim_until_...
 //	claims repeated without an answer          does_not_pile_up_claims_...
 //	suspects sent like others                  sends_one_at_a_time_...
 //	no pause while idle, or none of 4 ms       backs_off_...
@@ -349,6 +350,24 @@ func TestRun(t *testing.T) {
 		require.NoError(t, stop())
 	})
 
+	bubble("takes_one_without_an_answer_among_slow_ones_for_an_accident", func(t *testing.T) {
+		q := &slowWhole{fakeQueue: newFakeQueue(1)}
+		q.takes.Store(int64(30 * time.Millisecond)) // a busy machine
+		stop := start(t, newRelay(t, q, accept, relay.Config{}))
+		advance(10 * time.Second)
+		q.takes.Store(int64(25 * time.Second)) // and frozen
+		advance(15 * time.Second)
+		q.takes.Store(int64(30 * time.Millisecond))
+		advance(10 * time.Second)
+		q.addAt(500, q.now().Add(-time.Hour)) // as one whose lease was lost is
+		advance(2 * time.Second)
+		require.Equal(t, outbox.StatusSent, q.row(500).Status)
+		require.True(t, slices.ContainsFunc(q.claimsMade(), func(c outbox.ClaimOptions) bool {
+			return c.Repeated && c.Token == q.lost.Load()
+		}), "what it leased after all would cost an attempt")
+		require.NoError(t, stop())
+	})
+
 	bubble("takes_one_slow_claim_for_an_accident", func(t *testing.T) {
 		q := newFakeQueue(1)
 		claims := 0
@@ -585,6 +604,9 @@ func TestRun(t *testing.T) {
 		require.Equal(t, tokens[0], tokens[1], "repeated, and full")
 		require.Equal(t, tokens[0], tokens[2])
 		require.NotEqual(t, tokens[0], tokens[len(tokens)-1])
+		for i, c := range q.claimsMade() {
+			require.Equal(t, i > 0 && c.Token == tokens[0], c.Repeated, "claim %d", i)
+		}
 	})
 
 	bubble("keeps_results_through_an_outage_and_claims_no_more_until_they_are_settled", func(t *testing.T) {
@@ -918,12 +940,14 @@ func (q *losingQueue) Claim(ctx context.Context, opts outbox.ClaimOptions) (outb
 type slowWhole struct {
 	*fakeQueue
 	takes atomic.Int64
+	lost  atomic.Value // the token of the last claim that had no answer
 }
 
 func (q *slowWhole) Claim(ctx context.Context, opts outbox.ClaimOptions) (outbox.ClaimResult, error) {
 	if took := time.Duration(q.takes.Load()); took > 0 && opts.Since.IsZero() {
 		select {
 		case <-ctx.Done():
+			q.lost.Store(opts.Token)
 			return outbox.ClaimResult{}, ctx.Err()
 		case <-time.After(took):
 		}
@@ -1357,6 +1381,8 @@ func TestReconciler(t *testing.T) {
 		"expired_and_not_delivered":                {answer: no, attempts: 1, version: 1, expired: true, verdict: outbox.HandedBack},
 		"an_older_version_that_was_delivered":      {answer: yes, attempts: 1, version: 2, verdict: outbox.Delivered},
 		"an_older_version_that_was_not_is_dropped": {answer: no, attempts: 1, version: 2, verdict: outbox.HandedBack},
+		"an_older_version_without_an_answer":       {answer: err, attempts: 1, version: 2, verdict: outbox.Retry, text: "reconcile: no answer"},
+		"an_older_version_without_one_in_the_end":  {answer: err, attempts: 10, version: 2, verdict: outbox.Failed, text: "outcome unknown: reconcile: no answer"},
 	} {
 		for _, delivery := range []relay.Delivery{relay.AtLeastOnce, relay.AtMostOnce} {
 			t.Run(fmt.Sprintf("%s/delivery_%d", name, delivery), func(t *testing.T) {
@@ -1385,6 +1411,7 @@ func TestReconciler(t *testing.T) {
 					require.Equal(t, c.verdict, st.Verdict)
 					require.Contains(t, st.Error, c.text)
 					require.Equal(t, c.verdict == outbox.Retry, st.Unknown)
+					require.Equal(t, c.verdict == outbox.Retry, st.Asked)
 					if c.answer == yes {
 						require.Equal(t, "found", st.Receipt)
 					}

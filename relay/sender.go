@@ -48,6 +48,10 @@ type Reconciler interface {
 	// receipt that Send would have returned. Where n.Version is above version, n was
 	// changed since, and n.Payload is the newer content.
 	//
+	// Of a row that was requeued after it was sent, a provider that is asked by row and
+	// version knows the delivery before. If the process that was to repeat it dies, that
+	// one counts, and the repeat does not go out: requeue once more.
+	//
 	// Any error leaves the outcome unknown, also a Permanent one: the row is asked about
 	// again as if a delivery had failed, not before RetryAfter, until it is out of
 	// attempts. ctx is as in Send.
@@ -104,6 +108,9 @@ type unknownError struct{ err error }
 
 func (e *unknownError) Error() string { return e.err.Error() }
 func (e *unknownError) Unwrap() error { return e.err }
+
+// OutcomeUnknown tells such an error from others, in package outboxtest.
+func (e *unknownError) OutcomeUnknown() bool { return true }
 
 // outcomeUnknown reports whether err leaves open what the provider did.
 func outcomeUnknown(err error) bool {

@@ -35,9 +35,14 @@ func startInstalled(ctx context.Context, opts Options) (*Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	// A port that was free a moment ago may be taken by now.
+	return onFreePort(func() (*Server, error) { return startInstallation(ctx, inst, opts) })
+}
+
+// onFreePort starts a server, up to three times: a port that was free a moment ago may be
+// taken by now.
+func onFreePort(start func() (*Server, error)) (*Server, error) {
 	for attempt := 1; ; attempt++ {
-		s, err := startInstallation(ctx, inst, opts)
+		s, err := start()
 		if err == nil || attempt == 3 || !strings.Contains(err.Error(), "Address already in use") {
 			return s, err
 		}
@@ -56,7 +61,14 @@ func CheckInstalled(ctx context.Context) error {
 	return nil
 }
 
-func startInstallation(ctx context.Context, inst installation, opts Options) (_ *Server, err error) {
+func startInstallation(ctx context.Context, inst installation, opts Options) (*Server, error) {
+	return startWith(ctx, inst, opts, "initdb", "-U", "postgres",
+		"--auth=trust", "--encoding=UTF8", "--no-locale", "--no-sync")
+}
+
+// startWith starts a server on the data that a program of the installation makes with
+// those arguments, and -D.
+func startWith(ctx context.Context, inst installation, opts Options, program string, makeArgs ...string) (_ *Server, err error) {
 	parent := memoryDir()
 	if opts.OnDisk {
 		parent = diskDir()
@@ -76,21 +88,9 @@ func startInstallation(ctx context.Context, inst installation, opts Options) (_ 
 	}
 
 	data := filepath.Join(dir.path, "data")
-	initdb := dir.command(filepath.Join(inst.bin, "initdb"), "-D", data, "-U", "postgres",
-		"--auth=trust", "--encoding=UTF8", "--no-locale", "--no-sync")
-	p, err := startProcess(initdb)
-	if err != nil {
-		return nil, fmt.Errorf("initdb: %w", err)
+	if err := dir.run(ctx, filepath.Join(inst.bin, program), append(makeArgs, "-D", data)...); err != nil {
+		return nil, err
 	}
-	select {
-	case <-p.exited:
-	case <-ctx.Done():
-		return nil, errors.Join(ctx.Err(), p.kill())
-	}
-	if !initdb.ProcessState.Success() {
-		return nil, fmt.Errorf("initdb: %v: %s", initdb.ProcessState, tail(p.log.Bytes()))
-	}
-
 	args := []string{
 		"-D", data, "-p", strconv.Itoa(port),
 		"-c", "listen_addresses=127.0.0.1", "-c", "unix_socket_directories=" + dir.path,
@@ -99,13 +99,17 @@ func startInstallation(ctx context.Context, inst installation, opts Options) (_ 
 		args = append(args, "-c", name+"="+opts.Settings[name])
 	}
 	s := &installedServer{
-		dir: dir, program: filepath.Join(inst.bin, "postgres"), args: args, port: port,
-		url:  fmt.Sprintf("postgres://postgres@127.0.0.1:%d/postgres?sslmode=disable", port),
-		logf: opts.Logf,
+		dir: dir, inst: inst, opts: opts, args: args, port: port,
+		url: fmt.Sprintf("postgres://postgres@127.0.0.1:%d/postgres?sslmode=disable", port),
 	}
 	version, err := s.start(ctx)
 	if err != nil {
 		return nil, err
+	}
+	if opts.Lifeline {
+		if s.watcher, err = watchInstalled(s.p.cmd.Process.Pid, dir.path); err != nil {
+			return nil, errors.Join(fmt.Errorf("watch the server: %w", err), s.p.kill())
+		}
 	}
 	return &Server{URL: s.url, Kind: fmt.Sprintf("PostgreSQL %s from %s", version, inst.bin), runs: s}, nil
 }
@@ -113,18 +117,20 @@ func startInstallation(ctx context.Context, inst installation, opts Options) (_ 
 // installedServer is a server that is a child of this process.
 type installedServer struct {
 	dir     *workDir
-	program string
+	inst    installation
+	opts    Options
 	args    []string
 	port    int
 	url     string
-	logf    func(string, ...any)
 	p       *process
-	frozen  []int // the processes that pause stopped
+	watcher *watcher // nil: none
+	frozen  []int    // the processes that pause stopped
+	killed  bool
 }
 
 // start starts the process and waits until it accepts connections.
 func (s *installedServer) start(ctx context.Context) (version string, err error) {
-	p, err := startProcess(s.dir.command(s.program, s.args...))
+	p, err := startProcess(s.dir.command(filepath.Join(s.inst.bin, "postgres"), s.args...))
 	if err != nil {
 		return "", fmt.Errorf("postgres: %w", err)
 	}
@@ -137,26 +143,68 @@ func (s *installedServer) start(ctx context.Context) (version string, err error)
 }
 
 func (s *installedServer) startPgBouncer(ctx context.Context) (string, func() error, error) {
-	return startInstalledPgBouncer(ctx, s.port, s.logf)
+	return startInstalledPgBouncer(ctx, s.port, s.opts.Logf)
+}
+
+func (s *installedServer) startStandby(ctx context.Context, name string) (*Server, error) {
+	if s.opts.Lifeline {
+		return nil, errLifeline
+	}
+	if _, err := ask[bool](ctx, s.url, "SELECT true FROM pg_create_physical_replication_slot($1, true)", name); err != nil {
+		return nil, err
+	}
+	standby, err := onFreePort(func() (*Server, error) {
+		return startWith(ctx, s.inst, s.opts, "pg_basebackup", "-d", standbyConninfo("127.0.0.1", s.port, name),
+			"-R", "-S", name, "-c", "fast", "--no-sync")
+	})
+	if err != nil { // the slot would keep the log for nobody
+		return nil, errors.Join(err, execute(context.WithoutCancel(ctx), s.url, "SELECT pg_drop_replication_slot('"+name+"')"))
+	}
+	return standby, nil
 }
 
 // stop lets a paused server go on: shutting down, it removes its shared memory.
 func (s *installedServer) stop() error {
-	return errors.Join(s.resume(context.Background()), s.p.kill(), s.dir.remove())
+	err := errors.Join(s.resume(context.Background()), s.watcher.dismiss(), s.p.kill())
+	if s.killed {
+		// A server on the same data removes what the killed one left of that. A standby's
+		// refuses to run this way, once it has.
+		ctx, cancel := context.WithTimeout(context.Background(), startTimeout)
+		defer cancel()
+		_ = s.dir.run(ctx, filepath.Join(s.inst.bin, "postgres"), "--single", "-D", filepath.Join(s.dir.path, "data"), "postgres")
+	}
+	return errors.Join(err, s.dir.remove())
 }
 
-// crash kills processes that are stopped, or the server would see that some of its
-// children died and act on it.
 func (s *installedServer) crash(ctx context.Context) error {
+	if err := s.killAll(ctx); err != nil {
+		return err
+	}
+	return s.startAgain(ctx)
+}
+
+func (s *installedServer) kill(ctx context.Context) error {
+	if err := s.killAll(ctx); err != nil {
+		return err
+	}
+	s.killed = true
+	select {
+	case <-s.p.exited:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// killAll kills processes that are stopped, or the server would see that some of its
+// children died and act on it.
+func (s *installedServer) killAll(ctx context.Context) error {
 	if err := s.pause(ctx); err != nil {
 		return err
 	}
 	err := s.signalFrozen(syscall.SIGKILL)
 	s.frozen = nil
-	if err != nil {
-		return err
-	}
-	return s.startAgain(ctx)
+	return err
 }
 
 func (s *installedServer) restart(ctx context.Context) error {
@@ -183,6 +231,24 @@ func (s *installedServer) startAgain(ctx context.Context) error {
 			return err
 		}
 	}
+}
+
+func (s *installedServer) shell(ctx context.Context, command string) error {
+	cmd := s.dir.command("sh", "-c", command)
+	cmd.Env = append(cmd.Environ(), "PGDATA="+filepath.Join(s.dir.path, "data"))
+	p, err := startProcess(cmd)
+	if err != nil {
+		return err
+	}
+	select {
+	case <-p.exited:
+	case <-ctx.Done():
+		return errors.Join(ctx.Err(), p.kill())
+	}
+	if !cmd.ProcessState.Success() {
+		return fmt.Errorf("%s: %v: %s", command, cmd.ProcessState, tail(p.log.Bytes()))
+	}
+	return nil
 }
 
 func (s *installedServer) pause(ctx context.Context) (err error) {
@@ -403,6 +469,24 @@ func (d *workDir) command(name string, args ...string) *exec.Cmd {
 	cmd.Env = append(slices.DeleteFunc(os.Environ(), func(v string) bool { return strings.HasPrefix(v, "PG") }), "LC_ALL=C", "TZ=UTC")
 	confine(cmd, d.as)
 	return cmd
+}
+
+// run runs a program as command does, to its end.
+func (d *workDir) run(ctx context.Context, name string, args ...string) error {
+	cmd := d.command(name, args...)
+	p, err := startProcess(cmd)
+	if err != nil {
+		return fmt.Errorf("%s: %w", filepath.Base(name), err)
+	}
+	select {
+	case <-p.exited:
+	case <-ctx.Done():
+		return errors.Join(ctx.Err(), p.kill())
+	}
+	if !cmd.ProcessState.Success() {
+		return fmt.Errorf("%s: %v: %s", filepath.Base(name), cmd.ProcessState, tail(p.log.Bytes()))
+	}
+	return nil
 }
 
 // process is a running child.

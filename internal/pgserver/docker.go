@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"reflect"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -22,6 +23,7 @@ import (
 	"github.com/testcontainers/testcontainers-go/exec"
 	"github.com/testcontainers/testcontainers-go/log"
 	"github.com/testcontainers/testcontainers-go/modules/postgres"
+	"github.com/testcontainers/testcontainers-go/wait"
 )
 
 // containerLife bounds the life of a container whose process was killed, where no
@@ -47,13 +49,7 @@ func connectDocker(ctx context.Context) (*client.Client, error) {
 	if os.Getenv("OUTBOX_PG_BINARIES") == "1" {
 		return nil, fmt.Errorf("%w: OUTBOX_PG_BINARIES=1", errNoDocker)
 	}
-	opts := []client.Opt{client.FromEnv}
-	if os.Getenv(client.EnvOverrideHost) == "" {
-		if host := dockerSocket(); host != "" {
-			opts = append(opts, client.WithHost(host))
-		}
-	}
-	cli, err := client.New(opts...)
+	cli, err := DockerClient()
 	if err != nil {
 		return nil, err
 	}
@@ -67,6 +63,17 @@ func connectDocker(ctx context.Context) (*client.Client, error) {
 		return nil, err
 	}
 	return cli, nil
+}
+
+// DockerClient returns a client of the daemon that servers run in, which may not answer.
+func DockerClient() (*client.Client, error) {
+	opts := []client.Opt{client.FromEnv}
+	if os.Getenv(client.EnvOverrideHost) == "" {
+		if host := dockerSocket(); host != "" {
+			opts = append(opts, client.WithHost(host))
+		}
+	}
+	return client.New(opts...)
 }
 
 // dockerSocket finds the daemon in the places where testcontainers looks for it,
@@ -107,54 +114,119 @@ func startInDocker(ctx context.Context, opts Options) (*Server, error) {
 		return nil, err
 	}
 
-	cmd := []string{"postgres"}
-	for _, name := range slices.Sorted(maps.Keys(opts.Settings)) {
-		cmd = append(cmd, "-c", name+"="+opts.Settings[name])
+	d := &dockerServer{host: host, image: image, opts: opts}
+	custom := append(d.options("docker-entrypoint.sh"), postgres.BasicWaitStrategies())
+	if opts.Lifeline {
+		held, lifeline := containerLifeline()
+		d.lifeline = lifeline
+		custom = append(append(custom, held...), testcontainers.WithEntrypoint("sh", "-c", watchLifeline+processOne, "docker-entrypoint.sh"))
 	}
-	// PGDATA is named because official images differ in where it is. The volume has
-	// no name and goes with the container.
-	data := testcontainers.WithTmpfs(map[string]string{"/pgdata": "rw"})
-	if opts.OnDisk {
-		data = testcontainers.WithMounts(testcontainers.VolumeMount("", "/pgdata"))
-	}
-	c, err := postgres.Run(ctx, image.tag,
-		append(containerOptions(host, "5432/tcp", "docker-entrypoint.sh"),
-			postgres.BasicWaitStrategies(),
-			testcontainers.WithCmd(cmd...),
-			data,
-			testcontainers.WithEnv(map[string]string{
-				"PGDATA":                    "/pgdata",
-				"POSTGRES_HOST_AUTH_METHOD": "trust",
-				"TZ":                        "UTC", // or initdb spends 1.5 s on finding the time zone out
-			}))...)
+	c, err := postgres.Run(ctx, image.tag, custom...)
 	if err != nil {
+		d.lifeline.close()
 		return nil, failedContainer(ctx, c, err)
 	}
-	dsn, version, err := containerURL(ctx, c, "5432/tcp")
-	if err != nil {
-		return nil, failedContainer(ctx, c, err)
-	}
-	return &Server{
-		URL:       dsn,
-		Kind:      fmt.Sprintf("PostgreSQL %s in a container (%s)", version, image.origin),
-		Container: c.GetContainerID(),
-		runs:      &dockerServer{c: c, host: host, url: dsn, logf: opts.Logf},
-	}, nil
+	d.c = c
+	return d.server(ctx)
 }
 
 // dockerServer is a server in a container.
 type dockerServer struct {
 	c         testcontainers.Container
 	host, url string
-	logf      func(string, ...any)
+	image     serverImage
+	opts      Options
+	lifeline  *heldConn // nil: none
+}
+
+// options has a container run the program, an image's entrypoint, with the server's
+// command line as its arguments.
+func (s *dockerServer) options(program ...string) []testcontainers.ContainerCustomizer {
+	cmd := []string{"postgres"}
+	for _, name := range slices.Sorted(maps.Keys(s.opts.Settings)) {
+		cmd = append(cmd, "-c", name+"="+s.opts.Settings[name])
+	}
+	// PGDATA is named because official images differ in where it is. The volume has
+	// no name and goes with the container.
+	data := testcontainers.WithTmpfs(map[string]string{"/pgdata": "rw"})
+	if s.opts.OnDisk {
+		data = testcontainers.WithMounts(testcontainers.VolumeMount("", "/pgdata"))
+	}
+	small := map[string]string{}
+	if s.opts.SmallDisk != 0 {
+		small["/small"] = fmt.Sprintf("rw,size=%d", s.opts.SmallDisk)
+	}
+	return append(containerOptions(s.host, "5432/tcp", program...),
+		testcontainers.WithCmd(cmd...),
+		data,
+		testcontainers.WithTmpfs(small),
+		testcontainers.WithEnv(map[string]string{
+			"PGDATA":                    "/pgdata",
+			"POSTGRES_HOST_AUTH_METHOD": "trust",
+			"TZ":                        "UTC", // or initdb spends 1.5 s on finding the time zone out
+		}))
+}
+
+// server returns the server when it accepts connections.
+func (s *dockerServer) server(ctx context.Context) (*Server, error) {
+	dsn, version, err := containerURL(ctx, s.c, "5432/tcp")
+	if err != nil {
+		s.lifeline.close()
+		return nil, failedContainer(ctx, s.c, err)
+	}
+	s.url = dsn
+	return &Server{
+		URL:       dsn,
+		Kind:      fmt.Sprintf("PostgreSQL %s in a container (%s)", version, s.image.origin),
+		Container: s.c.GetContainerID(),
+		runs:      s,
+	}, nil
+}
+
+// cloneServer copies the server that PRIMARY leads to, as a standby of it, and runs the
+// image's entrypoint, which takes data that is there as it is.
+const cloneServer = `set -e
+if [ ! -s "$PGDATA/PG_VERSION" ]; then
+  pg_basebackup -d "$PRIMARY" -D "$PGDATA" -R -C -S "$SLOT" -c fast --no-sync
+  chown -R postgres: "$PGDATA"
+fi
+exec docker-entrypoint.sh "$@"`
+
+func (s *dockerServer) startStandby(ctx context.Context, name string) (*Server, error) {
+	if s.opts.Lifeline {
+		return nil, errLifeline
+	}
+	// Official images let others in, but not to replicate.
+	const allow = `hba="$PGDATA/pg_hba.conf" line="host replication all all trust"
+grep -qx "$line" "$hba" || { echo "$line" >>"$hba" && kill -HUP "$(head -n 1 "$PGDATA/postmaster.pid")"; }`
+	if err := s.shell(ctx, allow); err != nil {
+		return nil, err
+	}
+	ip, err := s.c.ContainerIP(ctx)
+	if err != nil {
+		return nil, err
+	}
+	d := &dockerServer{host: s.host, image: s.image, opts: s.opts}
+	c, err := testcontainers.Run(ctx, d.image.tag, append(d.options("sh", "-c", cloneServer, "sh"),
+		testcontainers.WithEnv(map[string]string{"PRIMARY": standbyConninfo(ip, 5432, name), "SLOT": name}),
+		testcontainers.WithWaitStrategy(wait.ForListeningPort("5432/tcp")))...)
+	if err != nil {
+		return nil, failedContainer(ctx, c, err)
+	}
+	d.c = c
+	return d.server(ctx)
 }
 
 func (s *dockerServer) startPgBouncer(ctx context.Context) (string, func() error, error) {
-	return startPgBouncerContainer(ctx, s.c, s.host, s.logf)
+	return startPgBouncerContainer(ctx, s.c, s.host, s.opts.Logf)
 }
 
 // stop needs no resume before: the daemon kills paused containers too.
-func (s *dockerServer) stop() error { return terminate(s.c) }
+func (s *dockerServer) stop() error {
+	err := terminate(s.c)
+	s.lifeline.close()
+	return err
+}
 
 // crash kills all processes of the user whom the server runs as, but for the one
 // that does so. Process 1 belongs to root.
@@ -172,16 +244,44 @@ func (s *dockerServer) restart(ctx context.Context) error {
 // started it again. A container that were stopped for that would lose its data,
 // which is in memory, and its port.
 func (s *dockerServer) startAgain(ctx context.Context, end string) error {
-	status, output, err := s.c.Exec(ctx, []string{"sh", "-c", ">" + startAgainFile + "; " + end}, exec.WithUser("postgres"), exec.Multiplexed())
+	if err := s.shell(ctx, ">"+startAgainFile+"; "+end); err != nil {
+		return err
+	}
+	_, err := waitReady(ctx, s.url, nil)
+	return err
+}
+
+// shell runs a script in the container as the user whom the server runs as.
+func (s *dockerServer) shell(ctx context.Context, script string) error {
+	status, output, err := s.c.Exec(ctx, []string{"sh", "-c", script}, exec.WithUser("postgres"), exec.Multiplexed())
 	if err != nil {
 		return err
 	}
 	if status != 0 {
 		text, _ := io.ReadAll(output) // part of it is better than none
-		return fmt.Errorf("%s: exit status %d: %s", end, status, tail(text))
+		return fmt.Errorf("%s: exit status %d: %s", script, status, tail(text))
 	}
-	_, err = waitReady(ctx, s.url, nil)
-	return err
+	return nil
+}
+
+// kill ends process 1 too, and with it all there is. The container is kept, or its
+// address and port could be somebody else's.
+func (s *dockerServer) kill(ctx context.Context) error {
+	cli, err := connectDocker(ctx)
+	if err != nil {
+		return err
+	}
+	defer cli.Close()
+	if _, err := cli.ContainerKill(ctx, s.c.GetContainerID(), client.ContainerKillOptions{Signal: "KILL"}); err != nil {
+		return err
+	}
+	ended := cli.ContainerWait(ctx, s.c.GetContainerID(), client.ContainerWaitOptions{Condition: container.WaitConditionNotRunning})
+	select {
+	case <-ended.Result:
+		return nil
+	case err := <-ended.Error:
+		return err
+	}
 }
 
 func (s *dockerServer) pause(ctx context.Context) error {
@@ -190,8 +290,18 @@ func (s *dockerServer) pause(ctx context.Context) error {
 		return err
 	}
 	defer cli.Close()
-	_, err = cli.ContainerPause(ctx, s.c.GetContainerID(), client.ContainerPauseOptions{})
-	return err
+	for try := 1; ; try++ {
+		_, err = cli.ContainerPause(ctx, s.c.GetContainerID(), client.ContainerPauseOptions{})
+		// A kernel that cannot freeze a busy process in time gives up and thaws the others.
+		if err == nil || !strings.Contains(err.Error(), "unable to freeze") || try == 20 {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return errors.Join(err, ctx.Err())
+		case <-time.After(50 * time.Millisecond):
+		}
+	}
 }
 
 func (s *dockerServer) resume(ctx context.Context) error {

@@ -64,11 +64,26 @@ func (s *Server) Resume(ctx context.Context) error {
 	})
 }
 
+// Shell runs a command where the server runs, as its user, with PGDATA set.
+func (s *Server) Shell(ctx context.Context, command string) error {
+	return s.fault("shell", func() error {
+		if s.paused {
+			return ErrPaused
+		}
+		return s.runs.shell(ctx, command)
+	})
+}
+
 func (s *Server) fault(name string, do func() error) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	err := errors.New("the server was stopped")
-	if !s.stopped {
+	var err error
+	switch {
+	case s.stopped:
+		err = errors.New("the server was stopped")
+	case s.killed:
+		err = errors.New("the server was killed")
+	default:
 		err = do()
 	}
 	if err != nil {

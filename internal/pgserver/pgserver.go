@@ -12,7 +12,7 @@
 //	OUTBOX_TEST_RUN=VALUE  label every container outbox.run=VALUE
 //
 // Every container is labelled outbox.test=1 as well, and ends by itself after
-// four hours if the process that started it was killed.
+// four hours if the process that started it was killed, unless it is paused.
 package pgserver
 
 import (
@@ -56,6 +56,16 @@ type Options struct {
 	// volume of the container, or in /var/tmp. It changes no setting.
 	OnDisk bool
 
+	// SmallDisk adds a file system of so many bytes at /small, in memory, which can be
+	// filled without harm to anybody else. Only in a container: elsewhere Start
+	// returns [ErrUnavailable]. 0: none.
+	SmallDisk int64
+
+	// Lifeline has the server end, and its data and container go, as soon as this process
+	// has ended, however it ends: nobody has to call [Server.Stop]. It is not for
+	// servers to inject faults into. Without Docker it needs /bin/sh.
+	Lifeline bool
+
 	// Logf receives what a human who waits would want to know, such as that an
 	// image is being built. Default: nothing is said.
 	Logf func(format string, args ...any)
@@ -75,19 +85,27 @@ type Server struct {
 	mu      sync.Mutex // one fault at a time, and Stop after it
 	runs    runner
 	paused  bool
+	killed  bool
 	stopped bool
 	stopErr error
+
+	standbys int     // how many were started
+	primary  *Server // of a standby
+	name     string  // of a standby, at its primary
 }
 
 // runner is what a server runs in: a container, or a process of this machine. Its
 // methods are called one at a time, startPgBouncer excepted.
 type runner interface {
 	startPgBouncer(ctx context.Context) (url string, stop func() error, err error)
-	stop() error // a paused server too
+	startStandby(ctx context.Context, name string) (*Server, error)
+	stop() error                    // a paused or killed server too
+	kill(ctx context.Context) error // a paused server too
 	crash(ctx context.Context) error
 	restart(ctx context.Context) error
 	pause(ctx context.Context) error
 	resume(ctx context.Context) error
+	shell(ctx context.Context, command string) error
 }
 
 // Start starts a server and waits until it accepts connections. Ctx bounds the
@@ -122,6 +140,9 @@ func Start(ctx context.Context, opts Options) (*Server, error) {
 		opts.Logf("no PostgreSQL in a container, trying installed binaries: %v", dockerErr)
 	}
 
+	if opts.SmallDisk != 0 {
+		return nil, fmt.Errorf("pgserver: %w with a small disk but in a container; the tag installed leaves out the tests that need one (docker: %w)", ErrUnavailable, dockerErr)
+	}
 	s, err := startInstalled(ctx, opts)
 	switch {
 	case err == nil:

@@ -20,6 +20,9 @@ func confine(cmd *exec.Cmd, as *account) {
 	}
 }
 
+// detach keeps what ends this process by way of its group or terminal from cmd.
+func detach(cmd *exec.Cmd) { cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} }
+
 // lockDir takes the lock that marks dir as in use until the file is closed, which
 // the kernel does for a process that is killed. It fails where the lock is taken.
 func lockDir(dir string) (*os.File, error) {

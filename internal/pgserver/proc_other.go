@@ -15,6 +15,9 @@ import (
 // left to whoever runs tests as root on such a system.
 func confine(*exec.Cmd, *account) {}
 
+// detach does nothing here: cmd ignores signals.
+func detach(*exec.Cmd) {}
+
 // lockDir always fails here, so that no directory is ever taken for abandoned.
 func lockDir(string) (*os.File, error) { return nil, errors.ErrUnsupported }
 

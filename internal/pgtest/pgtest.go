@@ -207,8 +207,15 @@ func open(t testing.TB, url string) *DB {
 // it with a migrated database. What was committed survives [pgserver.Server.Crash].
 func StartServer(t testing.TB) (*pgserver.Server, *DB) {
 	t.Helper()
+	return StartServerWith(t, func(*pgserver.Options) {})
+}
+
+// StartServerWith is StartServer with other options.
+func StartServerWith(t testing.TB, change func(*pgserver.Options)) (*pgserver.Server, *DB) {
+	t.Helper()
 	opts := options(t.Logf)
 	opts.Settings["synchronous_commit"] = "on"
+	change(&opts)
 	s, err := pgserver.Start(t.Context(), opts)
 	require.NoError(t, err)
 	t.Cleanup(func() { require.NoError(t, s.Stop()) })
