@@ -5,11 +5,15 @@
 # make fuzz            the payload fuzzer, for FUZZTIME (default 1m)
 # make bench           measures the library beside its peers; QUICK=1: roughly, in 2 minutes
 # make bench-held      a transaction held open for HOLD (default 15m), beside delivery
+# make chaos           the ledger rig: breaks everything by SEED, for ROUNDS or MINUTES (default 3);
+#                      FAILOVER=sync, async or both: kills the primary, promotes a standby
 # make images          what the tests need of Docker, without running them
 # make clean           removes all containers and images of the tests, running ones too
 #
 # The tests need Docker, or an installed PostgreSQL and PgBouncer. As root on a
 # system with apt-get, missing packages are installed where there is no Docker.
+# Without make and without Docker: go test -tags installed ./..., which leaves out
+# the tests that take a container.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -84,6 +88,11 @@ bench:
 	@cd bench && $(GO) build -o ../bin/bench . && exec ../bin/bench $(if $(QUICK),-quick) $(ARGS)
 bench-held:
 	@cd bench && $(GO) build -o ../bin/bench . && exec ../bin/bench -run '^held$$' -hold $(HOLD) $(ARGS)
+
+.PHONY: chaos
+chaos:
+	@cd chaos && $(GO) build -o ../bin/chaos . && exec ../bin/chaos $(if $(SEED),-seed $(SEED)) $(if $(ROUND),-round $(ROUND)) \
+	  $(if $(ROUNDS),-rounds $(ROUNDS)) $(if $(MINUTES),-minutes $(MINUTES)) $(if $(FAILOVER),-failover $(FAILOVER)) $(ARGS)
 
 .PHONY: clean
 clean:

@@ -1,0 +1,53 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"time"
+
+	"github.com/seed3357934d/outbox/internal/ledger"
+	"github.com/seed3357934d/outbox/relay"
+)
+
+var errNone = errors.New("none")
+
+// deliver runs a relay until ctx ends.
+func (c *child) deliver(ctx context.Context) error {
+	store, err := c.store()
+	if err != nil {
+		return err
+	}
+	watched := &ledger.Worker{
+		Name: c.Name, Journal: c.journal,
+		Hook: func(_ context.Context, m ledger.Moment) error {
+			c.moment(string(m))
+			return nil
+		},
+	}
+	var sender relay.Sender = newProvider(c)
+	if c.Reconcile {
+		sender = reconciler{newProvider(c)}
+	}
+	log := slog.New(slog.DiscardHandler)
+	if os.Getenv("OUTBOX_CHAOS_LOG") != "" {
+		log = slog.New(slog.NewTextHandler(os.Stderr, nil)).With("worker", c.Name)
+	}
+	r, err := relay.New(watched.Queue(store), watched.Sender(sender), relay.Config{
+		Concurrency: c.Concurrency, BatchSize: c.BatchSize, PollInterval: 100 * time.Millisecond,
+		Lease: c.Lease, SendTimeout: c.Lease / 3, ShutdownTimeout: time.Second, MaxAttempts: c.MaxAttempts,
+		Backoff:  func(attempt int) time.Duration { return time.Duration(min(attempt, 5)) * 40 * time.Millisecond },
+		Delivery: c.Delivery, Logger: log,
+	})
+	if err != nil {
+		return err
+	}
+	err = r.Run(ctx)
+	if ended(ctx) {
+		return nil // what it had to leave behind is delivered by others
+	}
+	return fmt.Errorf("the relay's Run returned by itself, with error %w", cmp.Or(err, errNone))
+}
