@@ -10,6 +10,8 @@
 # make images          what the tests need of Docker, without running them
 # make clean           removes all containers and images of the tests, running ones too
 #
+# Tests wait more than they compute: PARALLEL (default 6) of a package run at a time.
+#
 # The tests need Docker, or an installed PostgreSQL and PgBouncer. As root on a
 # system with apt-get, missing packages are installed where there is no Docker.
 # Without make and without Docker: go test -tags installed ./..., which leaves out
@@ -22,9 +24,10 @@ SHELL := /bin/bash
 PG ?= 15 17 18
 FUZZTIME ?= 1m
 TIMEOUT ?= 10m
+PARALLEL ?= 6
 HOLD ?= 15m
 GO ?= go
-GOTEST = $(GO) test -race -count=1 -timeout=$(TIMEOUT)
+GOTEST = $(GO) test -race -count=1 -timeout=$(TIMEOUT) -parallel=$(PARALLEL)
 LINT = $(GO) tool -modfile=$(CURDIR)/tools.mod golangci-lint run
 
 # Nested modules have dependencies that users of the library should not carry.

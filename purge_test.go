@@ -172,6 +172,7 @@ func TestPurge(t *testing.T) {
 			}
 			before := rows(false)
 			require.NotContains(t, before, "gone")
+			opts := opts // subtests run side by side
 			opts.Types = []string{"sent", "sent later", "sent by another", "sent in future", "pending", "in flight", "failed", "of another"}
 			count, err := db.Store.Purge(t.Context(), opts)
 			require.NoError(t, err)

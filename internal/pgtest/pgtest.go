@@ -187,7 +187,8 @@ func NewEmptyDB(t testing.TB) *DB {
 func newDBFrom(t testing.TB, template string) *DB {
 	t.Helper()
 	name := Name("outbox")
-	require.NoError(t, OnServer("CREATE DATABASE "+name+" TEMPLATE "+template))
+	// Twice as fast as through the WAL, with fsync off.
+	require.NoError(t, OnServer("CREATE DATABASE "+name+" TEMPLATE "+template+" STRATEGY file_copy"))
 	t.Cleanup(func() {
 		require.NoError(t, OnServer("DROP DATABASE IF EXISTS "+name+" WITH (FORCE)"))
 	})
