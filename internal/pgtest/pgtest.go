@@ -11,6 +11,7 @@ package pgtest
 
 import (
 	"context"
+	"errors"
 	"flag"
 	"fmt"
 	"log/slog"
@@ -88,11 +89,12 @@ func run(m *testing.M) (code int, err error) {
 	}
 	before := goleak.IgnoreCurrent()
 	code = m.Run()
-	if code == 0 {
-		err = goleak.Find(before)
+	err = OnServer("DROP DATABASE IF EXISTS " + templateName)
+	if pool, _ := admin(); pool != nil {
+		pool.Close()
 	}
-	if dropErr := OnServer("DROP DATABASE IF EXISTS " + templateName); err == nil {
-		err = dropErr
+	if code == 0 {
+		err = errors.Join(goleak.Find(before), err)
 	}
 	return code, err
 }
@@ -121,15 +123,23 @@ func DatabaseURL(name string) string {
 	return u.String()
 }
 
+// admin is connected to no test's database.
+var admin = sync.OnceValues(func() (*pgxpool.Pool, error) {
+	cfg, err := pgxpool.ParseConfig(serverURL)
+	if err != nil {
+		return nil, err
+	}
+	cfg.ConnConfig.DefaultQueryExecMode = pgx.QueryExecModeSimpleProtocol // each statement runs once
+	return pgxpool.NewWithConfig(context.Background(), cfg)
+})
+
 // OnServer runs a statement on the shared server outside any test's database.
 func OnServer(sql string) error {
-	ctx := context.Background()
-	conn, err := pgx.Connect(ctx, serverURL)
+	pool, err := admin()
 	if err != nil {
 		return err
 	}
-	defer conn.Close(ctx)
-	_, err = conn.Exec(ctx, sql)
+	_, err = pool.Exec(context.Background(), sql)
 	return err
 }
 
