@@ -102,7 +102,7 @@ func run(m *testing.M) (code int, err error) {
 func options(logf func(string, ...any)) pgserver.Options {
 	return pgserver.Options{
 		Version:  os.Getenv(versionVariable),
-		Settings: map[string]string{"max_connections": "500"},
+		Settings: map[string]string{"max_connections": "500", "jit": "off"}, // its compiler costs more than the statements of tests
 		Logf:     logf,
 	}
 }
