@@ -35,8 +35,9 @@ type TortureConfig struct {
 	Seed uint64
 
 	// Duration is for how long faults are injected: for up to three times as long where a
-	// slow machine does not get to a hundred. 0 is 5 s. Then what is left is delivered
-	// without, for up to half a minute. With fewer than ten faults the test fails.
+	// slow machine does not get to a hundred, and half a minute more where it does not get
+	// to ten. With fewer the test fails. 0 is 5 s. Then what is left is delivered
+	// without, for up to half a minute.
 	Duration time.Duration
 
 	// Notification returns what to add for the i-th key, with content that the sender
@@ -112,6 +113,7 @@ type torture struct {
 	slots    [tortureRelays]*slot
 	sends    sends
 	patience time.Duration // for what is left to be delivered
+	grace    time.Duration // for the few faults without which nothing is proved
 	calm     atomic.Bool   // no more faults are injected
 	drained  bool          // nothing is left to deliver
 	stuck    bool          // something is, that is due
@@ -144,7 +146,7 @@ func newTorture(t testing.TB, sender relay.Sender, cfg TortureConfig) *torture {
 			return outbox.NewNotification{Type: "torture", BookingID: int64(i + 1), Payload: map[string]any{"text": fmt.Sprintf("message %d", i), "nonce": r.Uint32()}}
 		}
 	}
-	tt := &torture{TortureConfig: cfg, sender: sender, number: make(map[outbox.Key]int), faults: make(map[string]int), patience: patience, lease: max(1500*time.Millisecond, 3*cfg.SendTimeout)}
+	tt := &torture{TortureConfig: cfg, sender: sender, number: make(map[outbox.Key]int), faults: make(map[string]int), patience: patience, grace: 30 * time.Second, lease: max(1500*time.Millisecond, 3*cfg.SendTimeout)}
 	tt.pool = NewPool(t)
 	must := func(err error) {
 		t.Helper()
@@ -192,7 +194,7 @@ func (tt *torture) run(t testing.TB) {
 	t.Helper()
 	ctx, cancel := context.WithCancel(context.WithoutCancel(t.Context()))
 	defer cancel()
-	storm, end := context.WithTimeout(ctx, 3*tt.Duration)
+	storm, end := context.WithTimeout(ctx, 3*tt.Duration+tt.grace)
 	defer end()
 	var background, storming sync.WaitGroup
 	background.Go(func() { tt.watchStalls(ctx) })
@@ -211,7 +213,7 @@ func (tt *torture) run(t testing.TB) {
 	}
 	storming.Go(func() {
 		defer end()
-		tt.inject(storm, ctx, time.Now().Add(tt.Duration))
+		tt.inject(storm, ctx)
 	})
 	storming.Wait()
 	for _, s := range tt.slots {
@@ -439,9 +441,14 @@ func (tt *torture) requeue(storm, ctx context.Context) {
 }
 
 // inject arms the relays, and cuts connections, until it is enough, or storm ends.
-func (tt *torture) inject(storm, ctx context.Context, until time.Time) {
+func (tt *torture) inject(storm, ctx context.Context) {
 	r := tt.rand(300)
-	for n := 1; (time.Now().Before(until) || tt.injected() < enoughFaults) && pause(storm, time.Duration(10+r.IntN(30))*time.Millisecond) == nil; n++ {
+	began := time.Now()
+	enough := func() bool {
+		n, d := tt.injected(), time.Since(began)
+		return d >= tt.Duration && n >= enoughFaults || d >= 3*tt.Duration && n >= fewFaults
+	}
+	for n := 1; !enough() && pause(storm, time.Duration(10+r.IntN(30))*time.Millisecond) == nil; n++ {
 		if n%40 == 0 { // not often: relays pause after it
 			f := ledger.Fault{Kind: "connections cut", From: time.Now()}
 			_, err := tt.admin.Exec(ctx, `SELECT pg_terminate_backend(pid) FROM pg_stat_activity
@@ -515,7 +522,7 @@ func (tt *torture) report(t testing.TB) {
 			wrong.add("nothing was proved", "the sender has accepted nothing")
 		}
 		if n := tt.injected(); n < fewFaults {
-			wrong.add("nothing was proved", "%d faults have struck in %v: give it a longer Duration", n, tt.Duration)
+			wrong.add("nothing was proved", "%d faults have struck in %v: give it a longer Duration", n, 3*tt.Duration+tt.grace)
 		}
 	}
 	if len(wrong.kinds) == 0 {

@@ -310,7 +310,10 @@ func TestTorture_fails_without_faults(t *testing.T) {
 	t.Parallel()
 	var p provider
 	text := told(t, func(f testing.TB) {
-		Torture(f, &p, TortureConfig{Duration: time.Millisecond, Accepted: p.count})
+		tt := newTorture(f, &p, TortureConfig{Duration: time.Millisecond, Accepted: p.count})
+		tt.grace = 0
+		tt.run(f)
+		tt.report(f)
 	})
 	require.Contains(t, text, "give it a longer Duration")
 }
