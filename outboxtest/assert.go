@@ -8,6 +8,7 @@ import (
 	"strings"
 	"testing"
 	"time"
+	"unicode/utf8"
 
 	"github.com/jackc/pgx/v5"
 
@@ -57,7 +58,7 @@ func RequireAdded(t testing.TB, q Querier, key outbox.Key, want ...Want) outbox.
 			t.Fatalf("outboxtest: Want.Status: no notification is ever %q", string(w.Status))
 		}
 	}
-	v := look(t, q)
+	v := look(t, q, key)
 	r := v.find(t, key)
 	if r == nil || v.inTx && !r.written {
 		t.Fatalf("outboxtest: no notification %v was added%s\n%s", key, v.here(), v.instead(t, key, r))
@@ -76,7 +77,7 @@ func RequireAdded(t testing.TB, q Querier, key outbox.Key, want ...Want) outbox.
 // asserts that there is no row of that key.
 func RequireNotAdded(t testing.TB, q Querier, key outbox.Key) {
 	t.Helper()
-	v := look(t, q)
+	v := look(t, q, key)
 	if r := v.find(t, key); r != nil && (r.written || !v.inTx) {
 		t.Fatalf("outboxtest: a notification %v was added%s\n  %s", key, v.here(), r.String())
 	}
@@ -89,10 +90,14 @@ type view struct {
 	inTx  bool
 }
 
-func look(t testing.TB, q Querier) *view {
+func look(t testing.TB, q Querier, key outbox.Key) *view {
 	t.Helper()
 	if isNil(q) {
 		t.Fatalf("outboxtest: q, the transaction or pool to look through, is nil (%T)", q)
+	}
+	// A key that cannot be added would never be found, whatever the code under test does.
+	if n := utf8.RuneCountInString(key.Type); n < 1 || n > 50 {
+		t.Fatalf("outboxtest: key.Type has %d characters; a notification's has 1 to 50", n)
 	}
 	v := &view{q: q}
 	var conn *pgx.Conn

@@ -246,6 +246,8 @@ func TestArguments_are_named_where_they_are_wrong(t *testing.T) {
 		"Deliver_nil_PGStore":    {func(t testing.TB) { Deliver(t, noStore, new(Sender)) }, "store is nil"},
 		"Deliver_nil_sender":     {func(t testing.TB) { Deliver(t, NewStore(t, pool), nil) }, "sender is nil"},
 		"Torture_nil_SenderFunc": {func(t testing.TB) { Torture(t, relay.SenderFunc(nil), TortureConfig{}) }, "sender is nil"},
+		"RequireAdded_no_type":   {func(t testing.TB) { RequireAdded(t, pool, outbox.Key{BookingID: 7}) }, "key.Type has 0 characters"},
+		"RequireNotAdded_type":   {func(t testing.TB) { RequireNotAdded(t, pool, outbox.Key{Type: strings.Repeat("ж", 51)}) }, "key.Type has 51 characters"},
 		"Want_Status_of_no_row":  {func(t testing.TB) { RequireAdded(t, pool, rejectKey, Want{Status: "done"}) }, `Want.Status: no notification is ever "done"`},
 	} {
 		require.Contains(t, told(t, c.call), c.message, name)
