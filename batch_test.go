@@ -24,7 +24,7 @@ func TestAddNotifications(t *testing.T) {
 }
 
 func testAddNotifications(t *testing.T, guess int) {
-	newDB := guessing(guess)
+	newDB := guessing(pgtest.NewDB, guess)
 
 	t.Run("answers_in_the_order_given", func(t *testing.T) {
 		t.Parallel()

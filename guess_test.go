@@ -15,10 +15,11 @@ import (
 	"github.com/seed3357934d/outbox/internal/pgtest"
 )
 
-// guessing makes databases whose stores always guess the same, 0 being no guess.
-func guessing(guess int) func(testing.TB) *pgtest.DB {
+// guessing has the stores of the databases that newDB makes always guess the same, 0 being
+// no guess.
+func guessing(newDB func(testing.TB) *pgtest.DB, guess int) func(testing.TB) *pgtest.DB {
 	return func(t testing.TB) *pgtest.DB {
-		db := pgtest.NewDB(t)
+		db := newDB(t)
 		if guess > 0 {
 			db.Store.AlwaysGuess(guess)
 		}
@@ -68,7 +69,7 @@ func TestGuess(t *testing.T) {
 	// An INSERT that ends in a conflict would mind both.
 	t.Run("of_a_new_key_minds_neither_triggers_nor_constraints_when_wrong", func(t *testing.T) {
 		t.Parallel()
-		db := guessing(1)(t)
+		db := guessing(pgtest.NewDB, 1)(t)
 		n := outbox.NewNotification{Type: "a", BookingID: 1, Payload: 1}
 		db.Add(t, n)
 		db.MustExec(t, `ALTER TABLE outbox_notifications ADD CHECK (payload_json IS NOT NULL);
@@ -146,7 +147,7 @@ func TestGuess(t *testing.T) {
 // testGuessMakesNoDifference adds to two rows in the same state, to the one with the
 // guess and to the other without, and compares the results and the rows.
 func testGuessMakesNoDifference(t *testing.T, guess int) {
-	db, pinned := pgtest.NewDB(t), guessing(guess)(t)
+	db, pinned := pgtest.NewDB(t), guessing(pgtest.NewDB, guess)(t)
 	pinned.Pool = db.Pool
 	const given = `recruiter_tg_id = 5, payload_json = '{"a": 1}', correlation_id = 'c', `
 	states := map[string]string{

@@ -36,7 +36,7 @@ func TestRivals(t *testing.T) {
 }
 
 func testRivals(t *testing.T, guess int) {
-	newDB := guessing(guess)
+	newDB := guessing(pgtest.NewDB, guess)
 
 	t.Run("that_commits_leaves_its_row_to_be_refreshed", func(t *testing.T) {
 		t.Parallel()
@@ -289,7 +289,7 @@ func TestIsolation(t *testing.T) {
 }
 
 func testIsolation(t *testing.T, guess int) {
-	newDB := guessing(guess)
+	newDB := guessing(pgtest.EmptiedDB, guess)
 	type step func(t *testing.T, db *pgtest.DB, rival pgx.Tx)
 	add := func(payload any) step {
 		return func(t *testing.T, db *pgtest.DB, rival pgx.Tx) {

@@ -64,7 +64,7 @@ func TestAddNotification(t *testing.T) {
 }
 
 func testAddNotification(t *testing.T, guess int) {
-	newDB := guessing(guess)
+	newDB := guessing(pgtest.NewDB, guess)
 
 	t.Run("creates_a_pending_row", func(t *testing.T) {
 		t.Parallel()

@@ -89,7 +89,7 @@ func run(m *testing.M) (code int, err error) {
 	}
 	before := goleak.IgnoreCurrent()
 	code = m.Run()
-	err = OnServer("DROP DATABASE IF EXISTS " + templateName)
+	err = errors.Join(dropEmptied(), OnServer("DROP DATABASE IF EXISTS "+templateName))
 	if pool, _ := admin(); pool != nil {
 		pool.Close()
 	}
@@ -188,6 +188,66 @@ func NewDB(t testing.TB) *DB {
 	return newDBFrom(t, templateName)
 }
 
+// emptied are databases that nobody uses, without rows.
+var emptied struct {
+	sync.Mutex
+	dbs []*DB
+}
+
+// EmptiedDB is NewDB for tests of many cases, which it spares the making of a database and
+// of its connections for each: a test has it to itself, another has had it before, and it
+// was emptied. So it is for tests that change nothing but rows, and set nothing in a
+// session. After a test that failed it is not used again.
+func EmptiedDB(t testing.TB) *DB {
+	t.Helper()
+	require.NoError(t, template())
+	emptied.Lock()
+	var db *DB
+	if n := len(emptied.dbs); n > 0 {
+		db, emptied.dbs = emptied.dbs[n-1], emptied.dbs[:n-1]
+	}
+	emptied.Unlock()
+	if db == nil {
+		url := DatabaseURL(create(t, templateName))
+		cfg := poolConfig(t, url)
+		pool, err := pgxpool.NewWithConfig(context.Background(), cfg) // which outlives the test
+		require.NoError(t, err)
+		db = &DB{Pool: pool, URL: url}
+	}
+	t.Cleanup(func() {
+		if t.Failed() {
+			require.NoError(t, db.drop())
+			return
+		}
+		require.Eventually(t, func() bool { return db.Stat().AcquiredConns() == 0 }, patience, time.Millisecond, "connections that the test has not released")
+		_, err := db.Exec(context.Background(), "TRUNCATE outbox_notifications RESTART IDENTITY")
+		require.NoError(t, err)
+		emptied.Lock()
+		defer emptied.Unlock()
+		emptied.dbs = append(emptied.dbs, db)
+	})
+	store, err := newStore(db.Pool)
+	require.NoError(t, err)
+	return &DB{Pool: db.Pool, Store: store, URL: db.URL}
+}
+
+// drop drops the database, and ends its sessions first, which a pool waits for.
+func (db *DB) drop() error {
+	err := OnServer("DROP DATABASE IF EXISTS " + pgx.Identifier{db.Config().ConnConfig.Database}.Sanitize() + " WITH (FORCE)")
+	db.Close()
+	return err
+}
+
+func dropEmptied() (err error) {
+	emptied.Lock()
+	defer emptied.Unlock()
+	for _, db := range emptied.dbs {
+		err = errors.Join(err, db.drop())
+	}
+	emptied.dbs = nil
+	return err
+}
+
 // NewEmptyDB returns a database without the table.
 func NewEmptyDB(t testing.TB) *DB {
 	t.Helper()
@@ -196,13 +256,19 @@ func NewEmptyDB(t testing.TB) *DB {
 
 func newDBFrom(t testing.TB, template string) *DB {
 	t.Helper()
-	name := Name("outbox")
-	// Twice as fast as through the WAL, with fsync off.
-	require.NoError(t, OnServer("CREATE DATABASE "+name+" TEMPLATE "+template+" STRATEGY file_copy"))
+	name := create(t, template)
 	t.Cleanup(func() {
 		require.NoError(t, OnServer("DROP DATABASE IF EXISTS "+name+" WITH (FORCE)"))
 	})
 	return open(t, DatabaseURL(name))
+}
+
+func create(t testing.TB, template string) (name string) {
+	t.Helper()
+	name = Name("outbox")
+	// Twice as fast as through the WAL, with fsync off.
+	require.NoError(t, OnServer("CREATE DATABASE "+name+" TEMPLATE "+template+" STRATEGY file_copy"))
+	return name
 }
 
 func open(t testing.TB, url string) *DB {
@@ -269,9 +335,7 @@ func ExamplePool(ctx context.Context) (pool *pgxpool.Pool, drop func()) {
 // NewPool returns a pool that closes when the test ends. Configure may be nil.
 func NewPool(t testing.TB, url string, configure func(*pgxpool.Config)) *pgxpool.Pool {
 	t.Helper()
-	cfg, err := pgxpool.ParseConfig(url)
-	require.NoError(t, err)
-	cfg.MaxConns = 50
+	cfg := poolConfig(t, url)
 	if configure != nil {
 		configure(cfg)
 	}
@@ -279,6 +343,14 @@ func NewPool(t testing.TB, url string, configure func(*pgxpool.Config)) *pgxpool
 	require.NoError(t, err)
 	t.Cleanup(pool.Close)
 	return pool
+}
+
+func poolConfig(t testing.TB, url string) *pgxpool.Config {
+	t.Helper()
+	cfg, err := pgxpool.ParseConfig(url)
+	require.NoError(t, err)
+	cfg.MaxConns = 50
+	return cfg
 }
 
 // MustExec runs a statement that has to succeed.

@@ -20,6 +20,22 @@ func TestNewDB_returns_a_database_of_its_own(t *testing.T) {
 	require.False(t, pgtest.One[bool](t, pgtest.NewEmptyDB(t), "SELECT to_regclass('outbox_notifications') IS NOT NULL"))
 }
 
+func TestEmptiedDB_has_no_rows_of_the_test_before(t *testing.T) {
+	var urls []string
+	for range 2 {
+		t.Run("", func(t *testing.T) {
+			a, b := pgtest.EmptiedDB(t), pgtest.EmptiedDB(t)
+			require.NotEqual(t, a.URL, b.URL)
+			for _, db := range []*pgtest.DB{a, b} {
+				require.Zero(t, db.Count(t))
+				require.EqualValues(t, 1, db.Add(t, outbox.NewNotification{Type: "a"}).Notification.ID)
+				urls = append(urls, db.URL)
+			}
+		})
+	}
+	require.ElementsMatch(t, urls[:2], urls[2:], "the second test has those of the first")
+}
+
 func TestStartServer_keeps_what_was_committed_when_it_crashes(t *testing.T) {
 	t.Parallel()
 	server, db := pgtest.StartServer(t)
