@@ -259,6 +259,8 @@ func (s *PGStore) Claim(ctx context.Context, opts ClaimOptions) (ClaimResult, er
 		return ClaimResult{}, invalid("Lease", "%v is not positive", opts.Lease)
 	case opts.MaxAttempts < 0 || opts.MaxAttempts > math.MaxInt32:
 		return ClaimResult{}, invalid("MaxAttempts", "%d is not between 0 and %d", opts.MaxAttempts, math.MaxInt32)
+	case !opts.Since.IsZero() && badTime(opts.Since):
+		return ClaimResult{}, invalid("Since", "the year %d is not between 1 and 9999", opts.Since.UTC().Year())
 	}
 	if opts.Repeated && opts.Token == (Token{}) {
 		return ClaimResult{}, invalid("Repeated", "without the Token that is repeated")
@@ -470,7 +472,8 @@ type Settlement struct {
 // due as the refresh said, unless the attempt was to ask. A refresh that changed no content may have put off the
 // row: a retry is due no sooner. A delivery that ended is an attempt, also if an add
 // has begun to count anew, so a row that is pending with none was superseded. An
-// attempt is given back once: settling clears locked_at.
+// attempt is given back once: settling clears locked_at. Where the outcome is unknown a
+// token stays to say so. It is nobody's: that of the lease, which has ended, is stale.
 const settleSQL = `
 WITH given AS MATERIALIZED (
 	SELECT * FROM ROWS FROM (pg_catalog.unnest($1::bigint[]), pg_catalog.unnest($2::uuid[]), pg_catalog.unnest($3::text[]),
@@ -489,7 +492,7 @@ WITH given AS MATERIALIZED (
 		sent_at       = CASE WHEN verdict = 'delivered' AND NOT ` + supersededSQL + ` THEN pg_catalog.clock_timestamp() ELSE sent_at END,
 		locked_at     = NULL,
 		lease_until   = NULL,
-		lease_token   = CASE WHEN unknown THEN lease_token END,
+		lease_token   = CASE WHEN unknown THEN pg_catalog.gen_random_uuid() END,
 		lease_version = CASE WHEN unknown THEN lease_version END
 	FROM given AS g
 	WHERE t.id = g.id AND t.lease_token = g.token AND t.ctid = ANY (` + leasedSQL + `)

@@ -29,6 +29,10 @@ type row struct {
 	leaseVersion int64        // 0: NULL
 	purged       time.Time    // zero: NULL
 
+	// spent is the token that the last settlement of an unknown outcome ended, in place of
+	// which the row has one of the database's making.
+	spent outbox.Token
+
 	// told are those of times that a call since the last look has taken from the
 	// database's clock. The model expects what the clock said when it looked last, and takes
 	// over what is read if it lies between that and the next look.
@@ -345,6 +349,9 @@ func (m *model) extend(l outbox.Lease, d time.Duration) outbox.LeaseResult {
 	return outbox.LeaseDone
 }
 
+// nobodys stands for a token that only the database knows.
+var nobodys = outbox.Token{1}
+
 func (m *model) settle(s outbox.Settlement) outbox.LeaseResult {
 	r := m.held(s.Lease)
 	if r == nil {
@@ -381,7 +388,9 @@ func (m *model) settle(s outbox.Settlement) outbox.LeaseResult {
 		}
 	}
 	r.LockedAt, r.leaseUntil = time.Time{}, time.Time{}
-	if !s.Unknown {
+	if s.Unknown {
+		r.token, r.spent = nobodys, s.Token
+	} else {
 		r.token, r.leaseVersion = outbox.Token{}, 0
 	}
 	if superseded && s.Verdict != outbox.HandedBack {
@@ -464,7 +473,10 @@ func (m *model) meet(want, got *row, now time.Time) string {
 			*at = read
 		}
 	}
-	got.told, got.respelled = want.told, want.respelled
+	if want.token == nobodys && got.token != (outbox.Token{}) && got.token != want.spent {
+		want.token = got.token
+	}
+	got.told, got.respelled, got.spent = want.told, want.respelled, want.spent
 	if !reflect.DeepEqual(want, got) {
 		return fmt.Sprintf("%s is\n%s\nand should be\n%s", want.Key(), m.show(got), m.show(want))
 	}

@@ -248,8 +248,9 @@ func (q *fakeQueue) settle(st outbox.Settlement) outbox.LeaseResult {
 	if row.held {
 		return outbox.LeaseHeld
 	}
-	if !st.Unknown {
-		row.token = outbox.Token{}
+	row.token = outbox.Token{}
+	if st.Unknown {
+		row.token = outbox.NewToken()
 	}
 	row.until, row.LockedAt = time.Time{}, time.Time{}
 	current := row.leased == row.Version || st.Asked

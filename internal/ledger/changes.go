@@ -231,7 +231,7 @@ func (c *checker) change(key outbox.Key, ch Change) {
 		c.violation(Lost, key, ch.ID, "a row became sent by a delivery of other content %s", what)
 	}
 	switch {
-	case now.Token != "" && old.leased(ch.Began) && !sameClaim(now.token(), old.token()):
+	case now.LeaseUntil != nil && old.leased(ch.Began) && !sameClaim(now.token(), old.token()):
 		c.violation(LeaseBroken, key, ch.ID, "a row was claimed while another held it %s", what)
 	case now.Version > old.Version && old.leased(ch.At) && (now.Token != old.Token || now.LeaseUntil == nil || !now.LeaseUntil.Equal(*old.LeaseUntil)):
 		c.violation(LeaseBroken, key, ch.ID, "a refresh ended a lease %s", what)
