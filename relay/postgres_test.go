@@ -69,16 +69,17 @@ func run(t testing.TB, r *relay.Relay) (stop func()) {
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() { done <- r.Run(ctx) }()
-	stop = sync.OnceFunc(func() {
+	end := sync.OnceValue(func() error { // to fail in here would be a panic, and the end of all tests
+		defer cancel()
 		select {
 		case err := <-done:
-			cancel()
-			require.FailNow(t, "Run returned before its ctx ended", "%v", err)
+			return fmt.Errorf("relay: Run returned before its ctx ended: %w", err)
 		default:
 		}
 		cancel()
-		require.NoError(t, <-done)
+		return <-done
 	})
+	stop = func() { require.NoError(t, end()) }
 	t.Cleanup(stop)
 	return stop
 }
