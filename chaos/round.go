@@ -417,7 +417,7 @@ func (r *round) noteSlot(s *slot, kind string, from time.Time) {
 func (r *round) history() (h ledger.History, err error) {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
-	h = ledger.History{Delivery: r.spec.Delivery, Reconciled: r.spec.Reconcile, Lease: r.spec.Lease, MaxAttempts: r.spec.MaxAttempts, Drained: true}
+	h = ledger.History{Delivery: r.spec.Delivery, Reconciled: r.spec.Reconcile, Lease: r.spec.Lease, MaxAttempts: r.spec.MaxAttempts, Permanent: []string{refused}, Drained: true}
 	files, err := filepath.Glob(filepath.Join(r.dir, "*.jsonl"))
 	if err != nil {
 		return h, err

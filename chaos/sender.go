@@ -64,6 +64,9 @@ func mannerOf(seed uint64, a ledger.Accept) manner {
 	return manners[n/4%uint64(len(manners))]
 }
 
+// refused is the error of a provider that refuses for good.
+const refused = "refused"
+
 // request is what a sender posts to the provider.
 type request struct {
 	Accept ledger.Accept
@@ -135,7 +138,7 @@ func (p *provider) post(ctx context.Context, r request) (receipt string, err err
 	case http.StatusOK:
 		return string(text), nil
 	case http.StatusForbidden:
-		return "", relay.Permanent(errors.New("refused"))
+		return "", relay.Permanent(errors.New(refused))
 	case http.StatusTooManyRequests:
 		ms, err := strconv.Atoi(string(text))
 		if err != nil {

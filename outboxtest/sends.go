@@ -30,6 +30,13 @@ type sends struct {
 	contradicted map[outbox.Key]bool
 }
 
+// begun is how many there were.
+func (ss *sends) begun() int {
+	ss.mu.Lock()
+	defer ss.mu.Unlock()
+	return len(ss.all)
+}
+
 // send is one call of Send.
 type send struct {
 	ledger.Accept

@@ -216,7 +216,7 @@ func TestKilledWorker(t *testing.T) {
 			for mode := range modes {
 				db.Add(t, outbox.NewNotification{Type: mode})
 			}
-			w := startWorker(t, p, workerSpec{URL: db.URL, HoldAt: at, Concurrency: len(modes), Lease: time.Second})
+			w := startWorker(t, p, workerSpec{URL: db.URL, HoldAt: at, Concurrency: len(modes), Lease: shortLease})
 			until(t, "it has them", func() bool {
 				return w.said(string(claimed)+" 4") == 1 && (at == claimed || w.said(string(at)+" ") == len(modes))
 			})
@@ -279,7 +279,7 @@ func TestPoison(t *testing.T) {
 			deaths := 0
 			for w := (*process)(nil); count(t, db, "status = 'pending'") > 0; {
 				if w == nil {
-					w = startWorker(t, p, workerSpec{URL: db.URL, Lease: time.Second, BatchSize: batch, Attempts: attempts, DieOf: poison.Type})
+					w = startWorker(t, p, workerSpec{URL: db.URL, Lease: shortLease, BatchSize: batch, Attempts: attempts, DieOf: poison.Type})
 				}
 				select {
 				case <-w.exited:

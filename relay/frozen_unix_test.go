@@ -6,7 +6,6 @@ import (
 	"context"
 	"syscall"
 	"testing"
-	"time"
 
 	"github.com/stretchr/testify/require"
 
@@ -26,7 +25,7 @@ func TestFrozenWorker(t *testing.T) {
 			addMany(t, db, rows)
 			theirs, ours, g := &provider{}, &provider{}, newGate(t)
 			ours.before = func(context.Context, outbox.Notification) error { g.pass(); return nil }
-			w := startWorker(t, theirs, workerSpec{URL: db.URL, HoldAt: at, Lease: 2 * time.Second, BatchSize: rows})
+			w := startWorker(t, theirs, workerSpec{URL: db.URL, HoldAt: at, Lease: shortLease, BatchSize: rows})
 			until(t, "it is there", func() bool {
 				return w.said(string(claimed)) == 1 && w.said(string(sending)+" ") == sent && (at != accepted || theirs.total() == sent)
 			})

@@ -53,6 +53,9 @@ type State struct {
 	Error        string        `json:"last_error"`
 	Payload      any           `json:"payload_json"`
 	Recruiter    any           `json:"recruiter_tg_id"`
+	CreatedAt    *time.Time    `json:"created_at"`
+	NextRetryAt  *time.Time    `json:"next_retry_at"`
+	NotAfter     *time.Time    `json:"not_after"`
 }
 
 func (c Change) String() string { return fmt.Sprintf("%v -> %v", c.Before, c.After) }
@@ -79,6 +82,18 @@ func (s *State) token() string { return strings.ReplaceAll(s.Token, "-", "") }
 func (s *State) leased(at time.Time) bool {
 	return s.Token != "" && s.LeaseUntil != nil && s.LeaseUntil.After(at)
 }
+
+// due reports whether the row was due at that time.
+func (s *State) due(at time.Time) bool {
+	due := s.NextRetryAt
+	if due == nil {
+		due = s.CreatedAt
+	}
+	return due == nil || !due.After(at)
+}
+
+// late reports whether it was too late to deliver the row.
+func (s *State) late(at time.Time) bool { return s.NotAfter != nil && !s.NotAfter.After(at) }
 
 func (s *State) settled() bool {
 	return s.Status == outbox.StatusSent || s.Status == outbox.StatusFailed
@@ -233,12 +248,44 @@ func (c *checker) change(key outbox.Key, ch Change) {
 	switch {
 	case now.LeaseUntil != nil && old.leased(ch.Began) && !sameClaim(now.token(), old.token()):
 		c.violation(LeaseBroken, key, ch.ID, "a row was claimed while another held it %s", what)
-	case now.Version > old.Version && old.leased(ch.At) && (now.Token != old.Token || now.LeaseUntil == nil || !now.LeaseUntil.Equal(*old.LeaseUntil)):
+	case now.Version > old.Version && old.leased(ch.At) && (now.Token != old.Token || now.LeaseUntil == nil || !now.LeaseUntil.Equal(*old.LeaseUntil)),
+		// What settles a row leaves it another token, or none.
+		old.leased(ch.At) && now.Token == old.Token && now.LeaseUntil == nil:
 		c.violation(LeaseBroken, key, ch.ID, "a refresh ended a lease %s", what)
+	case old.leased(ch.At) && now.Token == old.Token && now.LeaseUntil.Equal(*old.LeaseUntil) && now.Attempts != old.Attempts:
+		c.violation(LeaseBroken, key, ch.ID, "a refresh changed the attempts of a delivery that is under way %s", what)
 	}
 	claimed := now.LeaseUntil != nil && !sameClaim(now.token(), old.token())
+	switch {
+	case claimed && !old.due(ch.Began):
+		c.violation(Impossible, key, ch.ID, "a row was claimed that was not due %s", what)
+	case claimed && !c.Reconciled && old.late(ch.Began):
+		c.violation(Impossible, key, ch.ID, "a row was claimed that had expired %s", what)
+	case now.Status == outbox.StatusFailed && old.Status == outbox.StatusPending:
+		c.reason(key, ch)
+	}
 	if claimed && !c.Reconciled && (now.LeaseVersion == nil || *now.LeaseVersion != now.Version) {
 		c.violation(OlderContent, key, ch.ID, "a row was leased for other content than it has %s", what)
+	}
+}
+
+// reason checks that a row failed for a reason that holds.
+func (c *checker) reason(key outbox.Key, ch Change) {
+	text := ch.After.Error
+	attempts := ch.Before.Attempts
+	for _, other := range c.changed[ch.ID] { // an add may have begun to count anew since the claim
+		if other.After != nil && other.After.Token != "" && other.After.Token == ch.Before.Token {
+			attempts = max(attempts, other.After.Attempts)
+		}
+	}
+	switch {
+	case strings.HasPrefix(text, expired):
+		if !ch.Before.late(ch.Began) {
+			c.violation(Lost, key, ch.ID, "failed as expired, and was not, at %s, %s", clock(ch.At), ch)
+		}
+	case outOfAttempts(text), strings.HasPrefix(text, outcomeUnknown): // see row
+	case c.Permanent != nil && !slices.Contains(c.Permanent, text) && (c.MaxAttempts < 0 || attempts < c.MaxAttempts):
+		c.violation(Lost, key, ch.ID, "failed after %d attempts, of %d, for what was to be tried again, at %s, %s", attempts, c.MaxAttempts, clock(ch.At), ch)
 	}
 }
 

@@ -68,6 +68,37 @@ func TestCheck_finds_in_the_changes_of_a_row(t *testing.T) {
 			refreshed.LeaseUntil = nil
 			h.Changes = append(h.Changes, change(110, leased, refreshed))
 		}, ledger.LeaseBroken},
+		{"a_repeat_that_ended_a_lease", func(h *ledger.History) {
+			leased, repeated := row(outbox.StatusPending, 1, 0, 1, 1105), row(outbox.StatusPending, 1, 0, 1, 1105)
+			repeated.LeaseUntil = nil
+			h.Changes = append(h.Changes, change(110, leased, repeated))
+		}, ledger.LeaseBroken},
+		{"a_repeat_that_took_attempts_from_a_delivery", func(h *ledger.History) {
+			leased, repeated := row(outbox.StatusPending, 1, 0, 1, 1105), row(outbox.StatusPending, 1, 0, 1, 1105)
+			leased.Attempts = 1
+			h.Changes = append(h.Changes, change(110, leased, repeated))
+		}, ledger.LeaseBroken},
+		{"a_claim_before_the_row_was_due", func(h *ledger.History) {
+			later := at(500)
+			h.Changes[1].Before.NextRetryAt = &later
+		}, ledger.Impossible},
+		{"a_claim_of_a_row_that_had_expired", func(h *ledger.History) {
+			before := at(50)
+			h.Changes[1].Before.NotAfter = &before
+		}, ledger.Impossible},
+		{"a_row_that_failed_as_expired_and_was_not", func(h *ledger.History) {
+			later, failed := at(500), row(outbox.StatusFailed, 1, 0, 0, 0)
+			failed.Error = "expired: not delivered before tomorrow"
+			before := row(outbox.StatusPending, 1, 0, 0, 0)
+			before.NotAfter = &later
+			h.Changes = append(h.Changes, change(190, before, failed))
+		}, ledger.Lost},
+		{"a_row_that_failed_for_what_was_to_be_tried_again", func(h *ledger.History) {
+			h.Permanent, h.MaxAttempts = []string{"blocked"}, 3
+			failed := row(outbox.StatusFailed, 1, 0, 0, 0)
+			failed.Error = "busy"
+			h.Changes = append(h.Changes, change(190, row(outbox.StatusPending, 1, 0, 5, 1105), failed))
+		}, ledger.Lost},
 		{"newer_content_marked_as_sent", func(h *ledger.History) { h.Changes[2].Before.Version = 2 }, ledger.Lost},
 		{"a_lease_for_other_content", func(h *ledger.History) { *h.Changes[1].After.LeaseVersion = 9 }, ledger.OlderContent},
 		{"a_version_that_fell", func(h *ledger.History) {

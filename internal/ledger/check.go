@@ -19,6 +19,10 @@ type History struct {
 
 	MaxAttempts int // of the relays, where negative is none; 0: not known
 
+	// Permanent are the errors by which the sender refuses for good. Any other fails a row
+	// on its last attempt only. nil: they are not known.
+	Permanent []string
+
 	Records []Record              // of all journals, in any order
 	Rows    []outbox.Notification // the table, at the end
 
@@ -669,9 +673,9 @@ func (c *checker) row(n outbox.Notification) {
 			c.violation(Lost, key, n.ID, "failed, and no reason is given")
 		case outOfAttempts(n.LastError) && (c.MaxAttempts < 0 || n.Attempts < c.MaxAttempts):
 			c.violation(Lost, key, n.ID, "failed after %d attempts, of %d: %s", n.Attempts, c.MaxAttempts, n.LastError)
-		case strings.HasPrefix(n.LastError, "expired: not delivered before ") && n.NotAfter.IsZero():
+		case strings.HasPrefix(n.LastError, expired) && n.NotAfter.IsZero():
 			c.violation(Lost, key, n.ID, "failed, though it does not expire: %s", n.LastError)
-		case strings.HasPrefix(n.LastError, "outcome unknown") && c.Delivery == relay.AtLeastOnce && !c.Reconciled:
+		case strings.HasPrefix(n.LastError, outcomeUnknown) && c.Delivery == relay.AtLeastOnce && !c.Reconciled:
 			c.violation(Lost, key, n.ID, "failed, though it should be sent at least once: %s", n.LastError)
 		}
 	case outbox.StatusPending:
@@ -686,6 +690,12 @@ func (c *checker) row(n outbox.Notification) {
 		c.violation(Impossible, key, n.ID, "it has status %q", n.Status)
 	}
 }
+
+// How the reasons begin that the outbox gives by itself.
+const (
+	expired        = "expired: not delivered before "
+	outcomeUnknown = "outcome unknown"
+)
 
 // outOfAttempts reports whether the outbox gave that reason, and not a sender that words its
 // own alike.

@@ -83,6 +83,13 @@ func (h History) Survived(f Failover) (History, Losses) {
 		text string
 	}
 	vanished := make(map[content]int)
+	type begin struct {
+		add
+		caller string
+		from   int64
+	}
+	of := func(c *Commit) begin { return begin{add{c.Request, c.Key}, c.Caller, c.From.UnixNano()} }
+	gone := make(map[begin]bool) // what was begun, and was acknowledged, and is not there
 	kept := make([]Record, 0, len(h.Records))
 	for _, r := range h.Records {
 		drop := false
@@ -92,6 +99,7 @@ func (h History) Survived(f Failover) (History, Losses) {
 			drop = !booked[add{c.Request, c.Key}]
 			if drop {
 				l.Adds++
+				gone[of(c)] = true
 			} else if !firstLost.IsZero() && c.From.After(firstLost) && c.To.Before(f.Killed) {
 				l.Violations = append(l.Violations, Violation{Lost, c.Key, c.ID, fmt.Sprintf(
 					"request %s, begun at %s, is there, and one that was acknowledged at %s is not", c.Request, clock(c.From), clock(firstLost))})
@@ -142,6 +150,8 @@ func (h History) Survived(f Failover) (History, Losses) {
 			kept = append(kept, r)
 		}
 	}
+	// Their begins tell nothing of a caller that died, and held a row.
+	kept = slices.DeleteFunc(kept, func(r Record) bool { return r.Commit != nil && r.Commit.To.IsZero() && gone[of(r.Commit)] })
 	h.Records = kept
 	for _, r := range kept {
 		if r.Accept == nil {

@@ -52,6 +52,11 @@ func TestSurvived(t *testing.T) {
 		"the_last_add": {
 			History{Records: []Record{commit("a", 10), commit("b", 90)}, Booked: booked("a")}, 1, Losses{Adds: 1}, nil,
 		},
+		"the_last_add_and_its_begin": {
+			History{Records: []Record{
+				{Commit: &Commit{Request: "b", Key: key, Result: Unknown, Content: "b", From: at(90)}}, commit("a", 10), commit("b", 90),
+			}, Booked: booked("a")}, 1, Losses{Adds: 1}, nil,
+		},
 		"an_add_before_one_that_is_there": {
 			History{Records: []Record{commit("a", 10), commit("b", 90)}, Booked: booked("b")}, 1, Losses{Adds: 1}, []Kind{Lost},
 		},
