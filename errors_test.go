@@ -48,6 +48,7 @@ func TestTroubles(t *testing.T) {
 				}, time.Minute, time.Millisecond, operation)
 				require.Error(t, err, operation)
 				require.ErrorContains(t, err, "outbox: "+operation)
+				require.NotEmpty(t, trouble.Says)
 				require.ErrorContains(t, err, trouble.Says)
 				require.Equal(t, trouble.Setup, errors.Is(err, outbox.ErrSetup), "%v", err)
 				require.False(t, outbox.IsRetryable(err))

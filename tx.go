@@ -25,6 +25,12 @@ const (
 	codeLockTimeout          = "55P03"
 	codeDiskFull             = "53100"
 	codeCancelled            = "57014"
+	codeNoLogin              = "28000"
+	codeWrongPassword        = "28P01"
+	codeNoDatabase           = "3D000"
+	codeTooManyConnections   = "53300"
+	codeTerminated           = "57P01"
+	codeStarting             = "57P03"
 )
 
 // IsRetryable reports whether err is PostgreSQL's word that the transaction as
@@ -147,6 +153,14 @@ func (s *PGStore) explain(operation string, err error) error {
 		hint = "lock_timeout passed while another transaction held the row: "
 	case codeCancelled:
 		hint = "cancelled by statement_timeout or by request, perhaps while another transaction held the row: "
+	case codeNoLogin, codeWrongPassword, codeNoDatabase:
+		hint = "the server lets nobody in by what the pool is configured with: "
+	case codeTooManyConnections:
+		hint = "the server, the database or the role has no connection left: "
+	case codeTerminated:
+		hint = "an administrator ended the connection: "
+	case codeStarting:
+		hint = "the server is starting or shutting down: "
 	case codeSerializationFailure, codeDeadlock:
 		hint = "run the whole transaction again: "
 	}

@@ -31,6 +31,11 @@ func TestMain(m *testing.M) {
 //	a repeated add always makes a new version     duplicates: "an add that changed nothing made a new version"
 //	an add to a row in flight finds it settled    lost: "found version 1 settled, which it was at no time"
 //	out of attempts after three                   lost: "failed after 3 attempts, of 25"
+//	an error that can be tried again is for good  lost: "failed after 1 attempts, of -1, for what was to be tried again"
+//	rows expire an hour early                     lost: "failed as expired, and was not"
+//	a claim an hour before the row is due         other violations: "a row was claimed that was not due"
+//	a repeat takes the attempts of a delivery     leases not respected: "a refresh changed the attempts"
+//	a repeat that changes nothing ends the lease  leases not respected
 //
 // Two it does not see, as a fault explains each duplicate that they cause, and others do:
 //

@@ -17,7 +17,7 @@ import (
 type Trouble struct {
 	Code string
 	Name string
-	Says string // what an error of the library adds to PostgreSQL's
+	Says string // what an error of the library says: more than PostgreSQL's, of what it knows
 
 	Connecting bool // met when a connection is made, which those that are open are cut off for
 	Setup      bool // is outbox.ErrSetup
@@ -159,8 +159,8 @@ var Troubles = []Trouble{
 			db.MustExec(t, "ALTER TABLE outbox_notifications RENAME TO away")
 			return func() { require.NoError(t, db.late("ALTER TABLE away RENAME TO outbox_notifications")) }
 		}},
-	{Code: "XX000", Name: "an_internal_error", OnlyWrites: true, begin: broken},
-	{Code: "3D000", Name: "no_database", Connecting: true, begin: renamed},
-	{Code: "28000", Name: "no_login", Connecting: true, begin: alteredRole("NOLOGIN", "LOGIN")},
-	{Code: "53300", Name: "too_many_connections", Connecting: true, begin: alteredRole("CONNECTION LIMIT 0", "CONNECTION LIMIT -1")},
+	{Code: "XX000", Name: "an_internal_error", Says: "SQLSTATE XX000", OnlyWrites: true, begin: broken},
+	{Code: "3D000", Name: "no_database", Says: "lets nobody in", Connecting: true, begin: renamed},
+	{Code: "28000", Name: "no_login", Says: "lets nobody in", Connecting: true, begin: alteredRole("NOLOGIN", "LOGIN")},
+	{Code: "53300", Name: "too_many_connections", Says: "has no connection left", Connecting: true, begin: alteredRole("CONNECTION LIMIT 0", "CONNECTION LIMIT -1")},
 }
