@@ -2,12 +2,32 @@
 // interleaving of it can be explored: one key, two callers, two workers, a provider. Its
 // test does so, and shows what each rule of the protocol is for by leaving it out.
 //
-// What the model leaves out: other keys (rows meet only in locks), when a row is due (it
-// is due at once; a pause is one more order of steps), NotAfter, Purge, how a claim or a
-// settle gets to many rows in one statement, a claim that is repeated by its token, and
-// Reconcile and suspects, which choose between the same steps. That there is one row is
-// built in. Attempts are counted, but that a message which kills each worker ends failed is
-// not among what is asked of each state: TestClaim and TestPoison have that.
+// Asked of it is that nothing committed is lost or sent for other content, that a lease is
+// respected while it holds and changes nothing once it is over, that a message is claimed no
+// more often than it has attempts, also if it kills each of its workers, that an add meets no
+// unique violation, and that without a fault, and at most once also with one, there is no
+// duplicate. That there is one row is built in.
+//
+// # What the model leaves out
+//
+//   - Other keys: rows meet only in locks. How one statement adds, claims, renews or settles
+//     many rows, what relays do to find a row (turns, Since, Types, Except, suspects), and that a
+//     row which a caller holds is reported as held: here the step waits.
+//   - Isolation levels other than READ COMMITTED, and the statements that guess what an add
+//     will find (guess_pg.go), which either do what the general one does or nothing.
+//   - When a row is due: it is so at once, and a pause is one more order of steps. Hence also
+//     what Settle does to next_retry_at. NotAfter, and what is not tried on account of it.
+//   - Purge, a row that is deleted, and rows that another service has locked without a token.
+//   - A claim without an answer, which is repeated by its token: its rows are those of a dead
+//     worker until their lease ends. A failover that loses what was committed.
+//   - Reconcile, and with it Asked and the attempt beyond the last.
+//   - locked_at, which Settle asks whether an attempt is still to be given back. It is NULL
+//     under a token only where an add has set attempts to 0, so there is none.
+//   - That a worker makes sure of its lease before it sends, drops what it finds to be
+//     another's, and does not renew what it may have settled. Here it sends, settles and
+//     renews at any time, as one may be frozen between the look and the act.
+//   - Renewals of a lease that has not ended: they put off its end, and that may come at any
+//     moment here.
 package protocol
 
 import "fmt"
@@ -16,19 +36,28 @@ import "fmt"
 type Rules struct {
 	AtMostOnce bool // of the relay's two modes; not a mutation
 
-	NoToken             bool // a settle finds its row by the id alone
-	NoVersion           bool // a settle does not ask whether the row was refreshed since its claim
-	RefreshClearsLease  bool // as did the service's third attempt at an outbox
-	ClaimIgnoresLease   bool
-	NoForUpdate         bool // an add reads without locking and writes later
-	NoOnConflict        bool // a first add is a plain INSERT
-	FindPendingOnly     bool // an add looks for a pending row, else inserts: the second attempt
-	ReviveSettled       bool // an add sets any row back to pending: the first attempt
-	AttemptsOfOldStay   bool // a row refreshed in flight keeps its attempts when its lease runs out
-	ExpiredIsRetried    bool // AtMostOnce claims again what left no result
-	RequeuePending      bool // an operator's requeue takes rows that are being delivered
-	RefreshKeepsVersion bool // content changes, version does not
-	SentVersionOfNow    bool // a delivery counts for the content of the settle, not of the claim
+	NoToken                     bool // a settle finds its row by the id alone
+	NoVersion                   bool // a settle does not ask whether the row was refreshed since its claim
+	RefreshClearsLease          bool // as did the service's third attempt at an outbox
+	RefreshClearsLeaseOfChanged bool // a refresh does so only where it changes the content
+	RefreshChangesToken         bool // a refresh leaves the lease as it is, but under a token of nobody's
+	AttemptsResetInFlight       bool // a refresh has all attempts begin anew, whatever is under way
+	ClaimIgnoresLease           bool
+	ClaimLeavesExpired          bool // a claim takes no row that bears a token
+	NoForUpdate                 bool // an add reads without locking and writes later
+	NoOnConflict                bool // a first add is a plain INSERT
+	FindPendingOnly             bool // an add looks for a pending row, else inserts: the second attempt
+	ReviveSettled               bool // an add sets any row back to pending: the first attempt
+	AttemptsOfOldStay           bool // a row refreshed in flight keeps its attempts when its lease runs out
+	CountedAtSettle             bool // an attempt is counted when it has ended
+	EndedIsNoAttempt            bool // a settle does not count what an add has begun to count anew
+	ExpiredIsRetried            bool // AtMostOnce claims again what left no result
+	RequeuePending              bool // an operator's requeue takes rows that are being delivered
+	RefreshKeepsVersion         bool // content changes, version does not
+	SentVersionOfNow            bool // a delivery counts for the content of the settle, not of the claim
+	SupersededForgets           bool // a settle of replaced content writes the whole row back as it was claimed
+	RenewByAnyToken             bool // a lease is renewed by the row's id alone
+	UnknownKeepsToken           bool // a lease settled without its outcome being known keeps its token
 }
 
 const (
@@ -36,6 +65,8 @@ const (
 	workers     = 2
 	maxVersion  = 3 // adds that would go beyond are not made
 	maxAttempts = 2
+
+	nobodys = 0xff // a token that no worker has
 )
 
 type status uint8
@@ -58,7 +89,9 @@ type row struct {
 	leaseVersion uint8
 	live         bool // the lease has not ended
 
-	tried bool // no column: the version has been claimed
+	// No columns.
+	tried bool  // the version has been claimed
+	tries uint8 // how often, without what was handed back, since something gave it all its attempts
 }
 
 type callerPhase uint8
@@ -93,6 +126,7 @@ const (
 	retry     // not accepted
 	permanent // not accepted
 	unknown   // accepted, or not
+	cutOff    // accepted, or not: the relay ends, or has found its lease lost
 )
 
 type worker struct {
@@ -100,8 +134,11 @@ type worker struct {
 	token   uint8
 	version uint8
 	content uint8
+	last    bool // there was no attempt left after this one when it was claimed
+	resumed bool // a former lease for the same version left no result
 	answer  answer
 
+	over    bool // its lease has ended for good: it was settled, or the row claimed again; whatever its token
 	open    bool // what it sent was accepted, with nothing to excuse another time
 	excused bool // it may be accepted beside another
 }
@@ -116,11 +153,12 @@ type state struct {
 	committed [maxVersion + 1]uint8 // content by version
 	accepted  [maxVersion + 1]bool  // by the provider, since it was requeued last
 	open      [maxVersion + 1]bool  // accepted with nothing to excuse another time
-	ghosts    [maxVersion + 1]uint8 // requests of dead workers, on their way
+	ghosts    [maxVersion + 1]uint8 // requests that nobody waits for, on their way
 	excused   [maxVersion + 1]uint8 // those of them that may be accepted beside another
 
 	faults, requeues uint8 // left
 
+	holds bool   // a lease was given, and it was not settled nor has its time passed; whatever the row says
 	wrong string // the invariant that the last step broke
 }
 
@@ -133,7 +171,7 @@ type step struct {
 // bound is what keeps the number of states finite.
 type bound struct {
 	addsOfA, addsOfB uint8
-	faults           uint8 // crashes, leases that end under a living worker, lost answers
+	faults           uint8 // crashes, leases that end under a living worker, answers lost or cut off
 	requeues         uint8
 }
 
@@ -229,21 +267,26 @@ func (s *state) end(i int) {
 func (r Rules) found(s *state, i int, gives uint8) {
 	n := s.row
 	inFlight := n.token != 0 && n.live
-	switch {
-	case n.status == pending, r.ReviveSettled:
+	changed := n.content != gives
+	if n.status == pending || r.ReviveSettled {
 		n.status = pending
-		if n.content != gives {
+		if changed {
 			n.content = gives
-			n.tried = false
+			n.tried, n.tries = false, 0
 			if !r.RefreshKeepsVersion {
 				n.version++
 			}
 		}
 		switch {
-		case r.RefreshClearsLease:
+		case r.RefreshClearsLease, r.RefreshClearsLeaseOfChanged && changed:
 			n.attempts, n.token, n.leaseVersion, n.live = 0, 0, 0, false
-		case !inFlight:
+		case !inFlight, r.AttemptsResetInFlight:
 			n.attempts = 0 // an ended lease is remembered by its token
+		case r.RefreshChangesToken:
+			n.token = nobodys
+		}
+		if !s.holds {
+			n.tries = 0
 		}
 	}
 	c := &s.callers[i]
@@ -261,7 +304,8 @@ func (r Rules) workerSteps(s state, i int, do doer) {
 	free := s.row.exists && s.locked == 0
 	switch w.phase {
 	case idle:
-		if free && s.row.status == pending && (s.row.token == 0 || !s.row.live || r.ClaimIgnoresLease) {
+		due := s.row.token == 0 || !s.row.live && !r.ClaimLeavesExpired || r.ClaimIgnoresLease
+		if free && s.row.status == pending && due {
 			do(name("claim"), func(s *state) { r.claim(s, i) })
 		}
 	case claimed:
@@ -271,79 +315,124 @@ func (r Rules) workerSteps(s state, i int, do doer) {
 				r.settle(s, i)
 				s.workers[i] = worker{}
 			})
+			if s.faults > 0 && !w.over {
+				do(name("hand back, and not know it"), func(s *state) {
+					s.faults--
+					r.settle(s, i)
+					s.workers[i].phase = answered
+				})
+			}
 		}
 	case sending:
 		do(name("accepted"), func(s *state) {
-			w := &s.workers[i]
-			w.phase, w.answer = answered, ok
-			s.accept(w)
+			s.accept(&s.workers[i])
+			s.answer(i, ok)
 		})
-		do(name("refused for now"), func(s *state) { s.workers[i].phase, s.workers[i].answer = answered, retry })
-		do(name("refused for good"), func(s *state) { s.workers[i].phase, s.workers[i].answer = answered, permanent })
-		if s.faults > 0 {
-			do(name("accepted, but the answer is lost"), func(s *state) {
+		do(name("refused for now"), func(s *state) { s.answer(i, retry) })
+		do(name("refused for good"), func(s *state) { s.answer(i, permanent) })
+		noAnswer := func(what string, a answer) {
+			do(name("%s", what), func(s *state) {
 				s.faults--
 				s.excuse(r, i)
-				w := &s.workers[i]
-				w.phase, w.answer = answered, unknown
-				s.accept(w)
+				s.astray(i)
+				s.answer(i, a)
 			})
-			do(name("not accepted, and the answer is lost"), func(s *state) {
-				s.faults--
-				s.workers[i].phase, s.workers[i].answer = answered, unknown
-			})
+		}
+		if s.faults > 0 {
+			noAnswer("has no answer", unknown)
+			if !r.AtMostOnce { // there this, too, is to have no answer
+				noAnswer("is cut off", cutOff)
+			}
 		}
 	case answered:
 		if free { // else it is told that the row is held
-			do(name("settle %s", w.answer), func(s *state) {
+			say := w.answer.String()
+			if w.over {
+				say = "a lease that is over"
+			}
+			do(name("settle %s", say), func(s *state) {
 				r.settle(s, i)
 				s.workers[i] = worker{}
 			})
-			if s.faults > 0 {
-				do(name("settle %s, and not know it", w.answer), func(s *state) {
+			if s.faults > 0 && !w.over {
+				do(name("settle %s, and not know it", say), func(s *state) {
 					s.faults--
 					r.settle(s, i)
 				})
 			}
 		}
 	}
-	if w.phase != idle && free && s.row.status == pending && s.row.token == w.token && !s.row.live {
-		do(name("renew the lease"), func(s *state) { s.row.live = true })
+	if w.phase != idle && free && s.row.status == pending && (s.row.token == w.token && !s.row.live || r.RenewByAnyToken && w.over) {
+		do(name("renew the lease"), func(s *state) {
+			s.fenced(i)
+			s.row.live, s.holds = true, true
+		})
 	}
 	if w.phase != idle && s.faults > 0 {
 		do(name("die"), func(s *state) {
 			s.faults--
 			s.excuse(r, i)
-			if w := s.workers[i]; w.phase == sending && w.excused {
-				s.excused[w.version]++
-			} else if w.phase == sending {
-				s.ghosts[w.version]++
+			if w.phase == sending {
+				s.astray(i)
 			}
 			s.workers[i] = worker{}
 		})
 	}
 }
 
+// astray leaves the request of a worker to the network.
+func (s *state) astray(i int) {
+	if w := &s.workers[i]; w.excused {
+		s.excused[w.version]++
+	} else {
+		s.ghosts[w.version]++
+	}
+}
+
+// answer is what a worker knows of what it has sent.
+func (s *state) answer(i int, a answer) {
+	w := &s.workers[i]
+	w.phase = answered
+	if !w.over {
+		w.answer = a
+	}
+}
+
 func (a answer) String() string {
-	return [...]string{"", "delivered", "retry", "failed", "unknown"}[a]
+	return [...]string{"handed back", "delivered", "retry", "failed", "unknown", "cut off"}[a]
 }
 
 // claim leases the row, or gives up on it.
 func (r Rules) claim(s *state, i int) {
 	n := &s.row
+	if s.holds {
+		s.wrong = "one delivery at a time: claimed while another's lease holds"
+	}
+	s.holds = false
+	for j := range s.workers {
+		s.workers[j].leaseIsOver()
+	}
 	superseded := n.token != 0 && n.leaseVersion != n.version
+	resumed := n.token != 0 && !superseded
 	switch {
 	case r.AtMostOnce && n.token != 0 && !superseded && !r.ExpiredIsRetried,
 		n.attempts >= maxAttempts && (!superseded || r.AttemptsOfOldStay):
-		n.status, n.token, n.leaseVersion, n.live = failed, 0, 0, false
+		n.status, n.attempts, n.tries, n.token, n.leaseVersion, n.live = failed, 0, 0, 0, 0, false
 		return
 	}
 	if superseded && !r.AttemptsOfOldStay {
 		n.attempts = 0
 	}
-	n.attempts = min(n.attempts+1, maxAttempts+1)
+	if !r.CountedAtSettle {
+		n.attempts = min(n.attempts+1, maxAttempts+1)
+	}
 	n.token, n.leaseVersion, n.live, n.tried = s.newToken(), n.version, true, true
-	s.workers[i] = worker{phase: claimed, token: n.token, version: n.version, content: n.content}
+	n.tries++
+	if n.tries > maxAttempts {
+		s.wrong = "attempts: claimed more often than there are"
+	}
+	s.holds = true
+	s.workers[i] = worker{phase: claimed, token: n.token, version: n.version, content: n.content, last: n.attempts >= maxAttempts, resumed: resumed}
 }
 
 // newToken returns a token that nobody has. One that was forgotten by all is as good as
@@ -363,40 +452,112 @@ func (s *state) newToken() uint8 {
 	}
 }
 
+// leaseIsOver ends the lease of w for good. What its settle would say does not matter any
+// more: that it has an effect at all is wrong.
+func (w *worker) leaseIsOver() {
+	if w.phase != idle {
+		w.over, w.last, w.resumed, w.answer = true, false, false, none
+	}
+}
+
+// fenced notes a change of the row by the lease of a worker.
+func (s *state) fenced(i int) {
+	if s.workers[i].over {
+		s.wrong = "4: a stale token changed the row"
+	}
+}
+
+type verdict uint8
+
+const (
+	handedBack verdict = iota
+	delivered
+	again
+	givenUp
+)
+
+// judge is what the relay makes of an answer. That another attempt is left is decided by
+// what the claim returned.
+func (r Rules) judge(w *worker) (v verdict, outcomeUnknown bool) {
+	switch w.answer {
+	case none:
+		return handedBack, w.resumed
+	case cutOff:
+		return handedBack, true
+	case ok:
+		return delivered, false
+	case permanent:
+		return givenUp, false
+	case unknown:
+		if r.AtMostOnce {
+			return givenUp, false
+		}
+	}
+	if w.last {
+		return givenUp, false
+	}
+	return again, w.answer == unknown
+}
+
 // settle ends a lease as the answer says; without an answer the row is handed back.
 func (r Rules) settle(s *state, i int) {
 	n, w := &s.row, &s.workers[i]
 	if n.status != pending || n.token != w.token && !r.NoToken {
+		if !w.over && w.answer != none {
+			s.wrong = "4: a result is refused, and the row is nobody else's"
+		}
 		return // stale
 	}
+	s.fenced(i)
+	v, outcomeUnknown := r.judge(w)
 	leased := n.leaseVersion
 	if leased == 0 {
 		leased = n.version
 	}
-	superseded := n.version != leased
+	superseded := n.version != leased && !r.NoVersion
 	switch {
-	case superseded && !r.NoVersion:
+	case superseded:
 		n.attempts = 0
-		if w.answer == ok {
-			n.sentVersion = leased
-			if r.SentVersionOfNow {
-				n.sentVersion = n.version
-			}
+	case v == handedBack:
+		n.attempts, n.tries = max(n.attempts, 1)-1, max(n.tries, 1)-1
+	case r.CountedAtSettle:
+		n.attempts++
+	default: // also where an add has begun to count anew
+		n.tries = max(n.tries, 1)
+		if !r.EndedIsNoAttempt {
+			n.attempts = max(n.attempts, 1)
 		}
-	case w.answer == ok:
-		n.status, n.sentVersion = sent, leased
-	case w.answer == permanent:
-		n.status = failed
-	case w.answer == none:
-		n.attempts = max(n.attempts, 1) - 1
 	}
-	if w.answer == retry && n.attempts >= maxAttempts && (!superseded || r.NoVersion) {
+	switch {
+	case superseded && r.SupersededForgets && v == delivered:
+		n.status, n.version, n.content = sent, leased, w.content
+	case superseded:
+	case v == delivered:
+		n.status = sent
+	case v == givenUp:
 		n.status = failed
 	}
-	n.live = false
-	if w.answer != unknown {
+	if v == delivered {
+		n.sentVersion = leased
+		if r.SentVersionOfNow {
+			n.sentVersion = n.version
+		}
+	}
+	// The statement tells by attempts whether there is newer content.
+	if v != handedBack && n.status == pending && (n.attempts == 0) != superseded {
+		s.wrong = "a settle is wrong about whether there is newer content"
+	}
+	n.live, s.holds = false, false
+	switch {
+	case !outcomeUnknown:
 		n.token, n.leaseVersion = 0, 0
+	case !r.UnknownKeepsToken:
+		n.token = nobodys
 	}
+	if n.status != pending {
+		n.attempts, n.tries = 0, 0 // they do not matter any more
+	}
+	w.leaseIsOver()
 	w.open = false // settled: nothing excuses another time
 }
 
@@ -460,11 +621,11 @@ func (r Rules) otherSteps(s state, do doer) {
 			if *ghosts(&s) == 0 {
 				return
 			}
-			do(fmt.Sprintf("version %d of a dead worker is accepted", v), func(s *state) {
+			do(fmt.Sprintf("a request for version %d is accepted late", v), func(s *state) {
 				*ghosts(s)--
 				s.accept(&worker{version: uint8(v), content: s.committed[v], excused: excused})
 			})
-			do(fmt.Sprintf("version %d of a dead worker is lost", v), func(s *state) { *ghosts(s)-- })
+			do(fmt.Sprintf("a request for version %d is lost", v), func(s *state) { *ghosts(s)-- })
 		}
 		late(func(s *state) *uint8 { return &s.ghosts[v] }, false)
 		late(func(s *state) *uint8 { return &s.excused[v] }, true)
@@ -477,7 +638,7 @@ func (r Rules) otherSteps(s state, do doer) {
 				n.sentVersion = 0
 			}
 			settled := n.status != pending
-			n.status, n.attempts, n.token, n.leaseVersion, n.live = pending, 0, 0, 0, false
+			n.status, n.attempts, n.tries, n.token, n.leaseVersion, n.live = pending, 0, 0, 0, 0, false
 			if !settled {
 				return // nobody has asked for another delivery of what has its first
 			}
@@ -497,7 +658,7 @@ func (r Rules) otherSteps(s state, do doer) {
 // leaseEnds is the clock passing the end that the row, and what callers have made of it,
 // bears.
 func (s *state) leaseEnds() {
-	s.row.live = false
+	s.row.live, s.holds = false, false
 	for i := range s.callers {
 		s.callers[i].draft.live = false
 	}
@@ -515,6 +676,10 @@ func (s *state) check() string {
 		return "1: a version counts as sent that never was"
 	case n.status == failed && !n.tried:
 		return "1: failed, and its content was never tried"
+	case n.content != s.committed[n.version]: // seen with SupersededForgets keeping the version
+		return "1: a version has other content than was committed"
+	case n.version < maxVersion && s.committed[n.version+1] != 0:
+		return "1: committed content is lost"
 	}
 	return ""
 }

@@ -9,7 +9,7 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-var full = flag.Bool("full", false, "explore up to 5 million states, not a quarter of a million: a minute or more, and 4 GB")
+var full = flag.Bool("full", false, "explore up to 5 million states, not a quarter of a million: two minutes or more, and 4 GB")
 
 // TestProtocol explores every interleaving. None breaks an invariant, and from every
 // state there is a way to where nothing is left to do.
@@ -46,17 +46,31 @@ func TestMutations(t *testing.T) {
 		wrong string
 		trace string
 	}{
-		"no_token": {Rules{NoToken: true}, bound{addsOfA: 2, faults: 2}, "1: marked sent, and its content never was", `
+		"no_token": {Rules{NoToken: true}, bound{addsOfA: 2, faults: 2}, "4: a stale token changed the row", `
 			caller A: add 1 finds no row
 			caller A: insert 1
 			caller A: commit
 			worker 1: claim
-			caller A: add 2 finds the row
+			worker 1: hand back, and not know it
+			worker 1: settle a lease that is over
+		`},
+		"renewed_by_any_token": {Rules{RenewByAnyToken: true}, bound{addsOfA: 1, faults: 1}, "4: a stale token changed the row", `
+			caller A: add 1 finds no row
+			caller A: insert 1
 			caller A: commit
+			worker 1: claim
+			worker 1: hand back, and not know it
+			worker 1: renew the lease
+		`},
+		"unknown_outcomes_keep_the_token": {Rules{UnknownKeepsToken: true}, bound{addsOfA: 1, faults: 2}, "4: a stale token changed the row", `
+			caller A: add 1 finds no row
+			caller A: insert 1
+			caller A: commit
+			worker 1: claim
 			worker 1: send version 1
-			worker 1: accepted
-			worker 1: settle delivered, and not know it
-			worker 1: settle delivered
+			worker 1: has no answer
+			worker 1: settle unknown, and not know it
+			worker 1: settle a lease that is over
 		`},
 		"no_version": {Rules{NoVersion: true}, bound{addsOfA: 2}, "1: marked sent, and its content never was", `
 			caller A: add 1 finds no row
@@ -80,7 +94,36 @@ func TestMutations(t *testing.T) {
 			worker 1: accepted
 			worker 1: settle delivered
 		`},
-		"lease_cleared_by_refresh": {Rules{RefreshClearsLease: true}, bound{addsOfA: 2}, "5: accepted twice", `
+		"settle_writes_the_row_as_it_was_claimed": {Rules{SupersededForgets: true}, bound{addsOfA: 2}, "1: committed content is lost", `
+			caller A: add 1 finds no row
+			caller A: insert 1
+			caller A: commit
+			worker 1: claim
+			caller A: add 2 finds the row
+			caller A: commit
+			worker 1: send version 1
+			worker 1: accepted
+			worker 1: settle delivered
+		`},
+		"lease_cleared_by_refresh": {Rules{RefreshClearsLease: true}, bound{addsOfA: 2}, "one delivery at a time: claimed while another's lease holds", `
+			caller A: add 1 finds no row
+			caller A: insert 1
+			caller A: commit
+			worker 1: claim
+			caller A: add 1 finds the row
+			caller A: commit
+			worker 2: claim
+		`},
+		"lease_cleared_by_new_content": {Rules{RefreshClearsLeaseOfChanged: true}, bound{addsOfA: 2}, "one delivery at a time: claimed while another's lease holds", `
+			caller A: add 1 finds no row
+			caller A: insert 1
+			caller A: commit
+			worker 1: claim
+			caller A: add 2 finds the row
+			caller A: commit
+			worker 2: claim
+		`},
+		"token_changed_by_refresh": {Rules{RefreshChangesToken: true}, bound{addsOfA: 2}, "4: a result is refused, and the row is nobody else's", `
 			caller A: add 1 finds no row
 			caller A: insert 1
 			caller A: commit
@@ -89,33 +132,30 @@ func TestMutations(t *testing.T) {
 			caller A: commit
 			worker 1: send version 1
 			worker 1: accepted
-			worker 2: claim
-			worker 2: send version 1
-			worker 2: accepted
+			worker 1: settle delivered
 		`},
-		"claims_mind_no_lease": {Rules{ClaimIgnoresLease: true}, bound{addsOfA: 1}, "5: accepted twice", `
+		"claims_mind_no_lease": {Rules{ClaimIgnoresLease: true}, bound{addsOfA: 1}, "one delivery at a time: claimed while another's lease holds", `
 			caller A: add 1 finds no row
 			caller A: insert 1
 			caller A: commit
 			worker 1: claim
-			worker 1: send version 1
-			worker 1: accepted
 			worker 2: claim
-			worker 2: send version 1
-			worker 2: accepted
 		`},
-		"adds_lock_no_row": {Rules{NoForUpdate: true}, bound{addsOfA: 2}, "5: accepted twice", `
+		"claims_leave_expired_leases": {Rules{ClaimLeavesExpired: true}, bound{addsOfA: 1, faults: 1}, "1: it can never be delivered nor given up", `
+			caller A: add 1 finds no row
+			caller A: insert 1
+			caller A: commit
+			worker 1: claim
+			worker 1: die
+		`},
+		"adds_lock_no_row": {Rules{NoForUpdate: true}, bound{addsOfA: 2}, "one delivery at a time: claimed while another's lease holds", `
 			caller A: add 1 finds no row
 			caller A: insert 1
 			caller A: commit
 			caller A: add 1 finds the row
 			worker 1: claim
 			caller A: commit
-			worker 1: send version 1
-			worker 1: accepted
 			worker 2: claim
-			worker 2: send version 1
-			worker 2: accepted
 		`},
 		"no_ON_CONFLICT": {Rules{NoOnConflict: true}, bound{addsOfA: 1, addsOfB: 1}, "7: a unique violation in a booking", `
 			caller A: add 1 finds no row
@@ -162,6 +202,42 @@ func TestMutations(t *testing.T) {
 			worker 1 is frozen: its lease ends
 			worker 2: claim
 		`},
+		"attempts_reset_in_flight": {Rules{AttemptsResetInFlight: true}, bound{addsOfA: 2, faults: 2}, "attempts: claimed more often than there are", `
+			caller A: add 1 finds no row
+			caller A: insert 1
+			caller A: commit
+			worker 1: claim
+			caller A: add 1 finds the row
+			caller A: commit
+			worker 1: die
+			the lease of a dead worker ends
+			worker 1: claim
+			worker 1 is frozen: its lease ends
+			worker 2: claim
+		`},
+		"attempts_counted_at_the_settle": {Rules{CountedAtSettle: true}, bound{addsOfA: 1, faults: 2}, "attempts: claimed more often than there are", `
+			caller A: add 1 finds no row
+			caller A: insert 1
+			caller A: commit
+			worker 1: claim
+			worker 1: die
+			the lease of a dead worker ends
+			worker 1: claim
+			worker 1 is frozen: its lease ends
+			worker 2: claim
+		`},
+		"ends_that_are_no_attempts": {Rules{EndedIsNoAttempt: true}, bound{addsOfA: 2, faults: 1}, "a settle is wrong about whether there is newer content", `
+			caller A: add 1 finds no row
+			caller A: insert 1
+			caller A: commit
+			worker 1: claim
+			worker 1: send version 1
+			worker 1: refused for now
+			worker 1 is frozen: its lease ends
+			caller A: add 1 finds the row
+			caller A: commit
+			worker 1: settle retry
+		`},
 		"at_most_once_retries_what_left_no_result": {Rules{AtMostOnce: true, ExpiredIsRetried: true}, bound{addsOfA: 1, faults: 1}, "5: accepted twice", `
 			caller A: add 1 finds no row
 			caller A: insert 1
@@ -174,17 +250,13 @@ func TestMutations(t *testing.T) {
 			worker 2: send version 1
 			worker 2: accepted
 		`},
-		"a_requeue_takes_pending_rows": {Rules{RequeuePending: true}, bound{addsOfA: 1, requeues: 1}, "5: accepted twice", `
+		"a_requeue_takes_pending_rows": {Rules{RequeuePending: true}, bound{addsOfA: 1, requeues: 1}, "one delivery at a time: claimed while another's lease holds", `
 			caller A: add 1 finds no row
 			caller A: insert 1
 			caller A: commit
 			worker 1: claim
-			worker 1: send version 1
-			worker 1: accepted
 			requeue
 			worker 2: claim
-			worker 2: send version 1
-			worker 2: accepted
 		`},
 		"new_content_under_the_old_version": {Rules{RefreshKeepsVersion: true}, bound{addsOfA: 2}, "2, 6: what was sent is not the committed content of its version", `
 			caller A: add 1 finds no row
