@@ -121,16 +121,17 @@ func (b *booker) next() booking {
 			add.Type, add.BookingID, add.CandidateTgID = k.Type, k.BookingID, k.CandidateTgID
 			add.Payload = map[string]string{"content": fmt.Sprintf("%s.%d", bk.request, i)}
 		}
-		if seen[add.Key()] {
+		now, limits := time.Now(), b.rng.IntN(12)
+		soon, late := time.Duration(b.rng.IntN(600))*time.Millisecond, time.Duration(2000+b.rng.IntN(4000))*time.Millisecond
+		if seen[add.Key()] { // which depends on the time; what is drawn does not
 			continue
 		}
 		seen[add.Key()] = true
-		now := time.Now()
-		switch b.rng.IntN(12) {
+		switch limits {
 		case 0, 1, 2, 3:
-			add.NotBefore = now.Add(time.Duration(b.rng.IntN(600)) * time.Millisecond)
+			add.NotBefore = now.Add(soon)
 		case 4:
-			add.NotAfter = now.Add(time.Duration(2000+b.rng.IntN(4000)) * time.Millisecond)
+			add.NotAfter = now.Add(late)
 		}
 		bk.adds = append(bk.adds, add)
 		if b.before = append(b.before, add); len(b.before) > 20 {
@@ -217,15 +218,15 @@ func (b *booker) attempt(ctx context.Context, bk booking) (ledger.Result, error)
 	}
 	err := outbox.RunInTx(ctx, b.pool, opts, func(tx pgx.Tx) error {
 		if committing {
-			b.fault(ledger.Fault{Kind: "serialization failure at COMMIT"})
+			b.fault(ledger.Fault{Kind: "serialization failure at COMMIT", Observed: true})
 		}
 		committing = false
 		err := b.inTx(ctx, cancel, tx, bk, commits)
 		switch sqlState(err) {
 		case "40001":
-			b.fault(ledger.Fault{Kind: "serialization failure"})
+			b.fault(ledger.Fault{Kind: "serialization failure", Observed: true})
 		case "40P01":
-			b.fault(ledger.Fault{Kind: "deadlock"})
+			b.fault(ledger.Fault{Kind: "deadlock", Observed: true})
 		}
 		committing = err == nil
 		return err
@@ -300,10 +301,9 @@ func (b *booker) inTx(ctx context.Context, cancel func(), tx pgx.Tx, bk booking,
 	case holdsRows:
 		now := time.Now()
 		<-time.After(b.Lease + b.Lease/4)
-		for _, c := range commits {
-			// The caller's transaction may hold the rows for longer yet, which Check sees.
-			b.fault(ledger.Fault{Kind: string(holdsRows), Key: c.Key, From: now})
-			now = time.Now()
+		for i, c := range commits {
+			// The caller's transaction may hold the rows for longer yet, which Check sees. It counts once.
+			b.fault(ledger.Fault{Kind: string(holdsRows), Key: c.Key, From: now, Observed: i > 0})
 		}
 	case cutHalf:
 		conn.arm(hasCommit, halfWritten, cut)

@@ -38,7 +38,8 @@ type spec struct {
 	Sends    uint64 // the seed by which senders and the provider misbehave
 	Epoch    time.Time
 	Plan     plan
-	Calm     bool // no misbehaving
+	Calm     bool   // no misbehaving
+	Broken   string // one of breaks; "" is none
 
 	Delivery    relay.Delivery
 	Reconcile   bool
@@ -153,7 +154,7 @@ func (c *child) heartbeat() {
 		<-time.After(beat)
 		now := time.Now()
 		if now.Sub(last) > 5*beat {
-			c.fault(ledger.Fault{Kind: "stall of a process", From: last, Observed: true})
+			c.fault(ledger.Fault{Kind: "stall of a process", From: last, Observed: true, Halts: true})
 		}
 		last = now
 	}
@@ -197,7 +198,7 @@ func (c *child) strike(name string) {
 		}
 		return
 	}
-	c.fault(ledger.Fault{Kind: "kill -9 of a " + c.Role + " " + name})
+	c.fault(ledger.Fault{Kind: "kill -9 of a " + c.Role + " " + name, Kills: true})
 	if err := syscall.Kill(self, syscall.SIGKILL); err != nil {
 		panic(err)
 	}

@@ -20,7 +20,8 @@ type failover struct {
 	synchronous      bool
 	detach           bool // asynchronous: nothing of the last moments arrives
 	primary, standby *pgserver.Server
-	rng              *rand.Rand
+	before, last     time.Duration // until the kill, and of that detached
+	rng              *rand.Rand    // of what dies
 
 	of     ledger.Failover
 	losses ledger.Losses
@@ -38,6 +39,7 @@ var failoverKinds = map[string]func(number int) (synchronous bool){
 func runFailover(ctx context.Context, opts options, number int) (res result, err error) {
 	f := &failover{synchronous: failoverKinds[opts.failovers](number), rng: rand.New(rand.NewPCG(opts.seed, ^uint64(number)))}
 	f.detach = f.rng.IntN(3) > 0 && !f.synchronous
+	f.before, f.last = milliseconds(f.rng, 1000, 3000), milliseconds(f.rng, 0, 500)
 	f.primary, err = pgserver.Start(ctx, pgserver.Options{Version: os.Getenv("OUTBOX_TEST_POSTGRES"), Settings: settings})
 	if err != nil {
 		return res, err
@@ -87,7 +89,7 @@ func (f *failover) inject(ctx context.Context, r *round) {
 			}
 		}
 	}
-	before, cancel := context.WithTimeout(ctx, milliseconds(f.rng, 1000, 3000))
+	before, cancel := context.WithTimeout(ctx, f.before)
 	kill(before)
 	cancel()
 	if err := f.failOver(ctx, r); err != nil {
@@ -99,11 +101,12 @@ func (f *failover) inject(ctx context.Context, r *round) {
 
 func (f *failover) failOver(ctx context.Context, r *round) error {
 	ctx = context.WithoutCancel(ctx)
+	f.of.CaughtUp = time.Now()
 	if err := f.standby.CatchUp(ctx); err != nil { // the database is there
 		return err
 	}
 	if f.detach {
-		last := time.After(milliseconds(f.rng, 0, 500))
+		last := time.After(f.last)
 		if err := f.standby.Detach(ctx); err != nil {
 			return err
 		}

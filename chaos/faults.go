@@ -47,7 +47,7 @@ var driverFaults = []weighed{
 	{3, func(r *round, rng *rand.Rand) func() { return r.snapshot(rng) }},
 	{6, func(r *round, rng *rand.Rand) func() { return r.providerDown(rng) }},
 	{1, func(r *round, rng *rand.Rand) func() { return r.tooManyConnections(rng) }},
-	{1, func(r *round, rng *rand.Rand) func() { return r.killBackend() }},
+	{1, func(r *round, rng *rand.Rand) func() { return r.killBackend(rng) }},
 	{1, func(r *round, rng *rand.Rand) func() { return r.onServer(serverKilled, r.opts.server.Crash) }},
 	{1, func(r *round, rng *rand.Rand) func() { return r.onServer("server restarted", r.opts.server.Restart) }},
 	{2, func(r *round, rng *rand.Rand) func() { return r.pause(rng) }},
@@ -92,7 +92,7 @@ func (r *round) kill(s *slot) func() {
 		if l := s.current(); l != nil {
 			from := time.Now()
 			if s.signal(l, syscall.SIGKILL) {
-				r.note(ledger.Fault{Kind: "kill -9 of a " + s.role, Worker: l.name, From: from})
+				r.note(ledger.Fault{Kind: "kill -9 of a " + s.role, Worker: l.name, From: from, Kills: true})
 			}
 		}
 	}
@@ -111,7 +111,7 @@ func (r *round) freeze(s *slot, rng *rand.Rand) func() {
 		}
 		r.sleep(d)
 		s.signal(l, syscall.SIGCONT)
-		r.note(ledger.Fault{Kind: "SIGSTOP of a " + s.role, Worker: l.name, From: from})
+		r.note(ledger.Fault{Kind: "SIGSTOP of a " + s.role, Worker: l.name, From: from, Halts: true})
 	}
 }
 
@@ -282,17 +282,23 @@ func (r *round) tooManyConnections(rng *rand.Rand) func() {
 	}
 }
 
-// killBackend kills a session's process, upon which the server ends all others and recovers.
-func (r *round) killBackend() func() {
+// killBackend kills a process of the server, of a worker's or booker's session, upon which
+// the server ends all others and recovers.
+func (r *round) killBackend(rng *rand.Rand) func() {
+	salt := salt(rng)
 	return r.onServer("server process of a session killed with -9", func(ctx context.Context) error {
 		conn, err := pgx.Connect(ctx, r.url)
 		if err != nil {
 			return errNothingBroken // the server is down, by another fault
 		}
 		defer conn.Close(ctx)
-		_, err = conn.Exec(ctx, fmt.Sprintf("COPY (SELECT 1) TO PROGRAM 'kill -9 %d'", conn.PgConn().PID()))
-		if err == nil || sqlState(err) != "" {
-			return errNothingBroken // who is killed does not answer
+		var pid int
+		if err := conn.QueryRow(ctx, `SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND application_name LIKE 'r%.%'
+			ORDER BY state = 'idle', md5(pid::text || $1) LIMIT 1`, salt).Scan(&pid); err != nil {
+			return errNothingBroken // nobody is there, or the server is not
+		}
+		if _, err := conn.Exec(ctx, fmt.Sprintf("COPY (SELECT 1) TO PROGRAM 'kill -9 %d'", pid)); sqlState(err) == "38000" {
+			return errNothingBroken // it had ended
 		}
 		for ctx.Err() == nil {
 			if err := r.pool.Ping(ctx); err == nil {

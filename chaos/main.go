@@ -78,6 +78,9 @@ var errInterrupted = errors.New("interrupted")
 // again is how a round is run again.
 func (o options) again(round int) string {
 	text := fmt.Sprintf("make chaos SEED=%d ROUND=%d ROUNDS=1", o.seed, round)
+	if version := os.Getenv("OUTBOX_TEST_POSTGRES"); version != "" {
+		text = fmt.Sprintf("OUTBOX_TEST_POSTGRES=%s %s", version, text)
+	}
 	if o.failovers != "" {
 		text += " FAILOVER=" + o.failovers
 	}
@@ -104,7 +107,13 @@ func run(ctx context.Context, opts options, lim limits, out io.Writer) (ok bool,
 		return false, err
 	}
 	play := runFailover
-	if opts.failovers == "" {
+	switch {
+	case opts.failovers != "":
+		fmt.Fprintf(out, "seed %d, failovers\n", opts.seed)
+	case opts.server != nil:
+		play = runRound
+		fmt.Fprintf(out, "seed %d\n", opts.seed)
+	default:
 		play = runRound
 		server, startErr := pgserver.Start(ctx, pgserver.Options{
 			Version: os.Getenv("OUTBOX_TEST_POSTGRES"), Settings: settings,
@@ -160,6 +169,9 @@ func run(ctx context.Context, opts options, lim limits, out io.Writer) (ok bool,
 		}
 	}
 	rep.print(out, opts.seed, time.Since(began))
+	if missing := rep.missing(); opts.failovers == "" && rep.injected() >= longRun && len(missing) > 0 {
+		failed = append(failed, fmt.Errorf("%d faults, and none of the kinds %q", rep.injected(), missing))
+	}
 	if ctx.Err() != nil {
 		failed = append(failed, errInterrupted)
 	}

@@ -2,7 +2,10 @@ package main
 
 import (
 	"bytes"
+	"maps"
 	"os"
+	"slices"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -37,10 +40,7 @@ func TestMain(m *testing.M) {
 //	a repeat takes the attempts of a delivery     leases not respected: "a refresh changed the attempts"
 //	a repeat that changes nothing ends the lease  leases not respected
 //
-// Two it does not see, as a fault explains each duplicate that they cause, and others do:
-//
-//	results dropped on a settle error             TestServerFaults of package relay
-//	results dropped of rows that a caller holds   TestCallerHoldsTheRow of package relay
+// What relays do wrong is tried by [TestRun_finds_a_relay].
 
 // TestRun is a short slice of what make chaos does, by a fixed seed. It is not parallel
 // to the test of failovers: both need the machine.
@@ -61,6 +61,10 @@ func TestRun_finds_nothing_lost_and_nothing_twice(t *testing.T) {
 	require.GreaterOrEqual(t, accepted, 150)
 	require.GreaterOrEqual(t, len(opts.report.faults), 20, "kinds")
 	require.GreaterOrEqual(t, opts.report.injected(), 60)
+	// One of each sort.
+	for _, sort := range []string{"kill -9 of a worker", "kill -9 of a booker", "SIGSTOP of a", "server ", " for a worker", "provider ", "COMMIT"} {
+		require.True(t, slices.ContainsFunc(slices.Collect(maps.Keys(opts.report.faults)), func(k string) bool { return strings.Contains(k, sort) }), sort)
+	}
 }
 
 func TestIdle_has_a_round_fail_that_did_nothing(t *testing.T) {
@@ -81,6 +85,16 @@ func TestIdle_has_a_round_fail_that_did_nothing(t *testing.T) {
 		change(&res)
 		require.EqualError(t, res.idle(), name)
 	}
+}
+
+func TestMissing(t *testing.T) {
+	t.Parallel()
+	rep := newReport()
+	require.Equal(t, named, rep.missing())
+	for _, k := range named[1:] {
+		rep.faults[k] = 1
+	}
+	require.Equal(t, named[:1], rep.missing())
 }
 
 func TestDrawPlan_is_the_same_for_the_same_seed(t *testing.T) {

@@ -71,8 +71,8 @@ func (s *slot) reroute(stuck *proxy) error {
 		return err
 	}
 	s.proxy = px
-	if s.life != nil {
-		s.signal(s.life, syscall.SIGKILL)
+	if l := s.life; l != nil && s.signal(l, syscall.SIGKILL) {
+		s.r.note(ledger.Fault{Kind: "kill -9 of a " + s.role + " with a stuck proxy", Worker: l.name, Observed: true, Kills: true})
 	}
 	return nil
 }
@@ -115,6 +115,7 @@ func (s *slot) start() (*life, error) {
 	sp.Journal = filepath.Join(s.r.dir, name+".jsonl")
 	sp.Seed = s.rng.Uint64()
 	sp.Calm = s.calm
+	sp.Broken = s.r.opts.broken
 	sp.Serializable = s.r.serializable[s.index%len(s.r.serializable)]
 	if p := drawPlan(s.role, s.r.spec.Lease, s.rng); !s.calm {
 		sp.Plan = p
@@ -221,7 +222,7 @@ func (s *slot) listen(l *life, stdout io.Reader) {
 		}
 		from := time.Now()
 		s.r.sleep(time.Duration(ms) * time.Millisecond)
-		s.r.note(ledger.Fault{Kind: "SIGSTOP of a " + rest, Worker: l.name, From: from})
+		s.r.note(ledger.Fault{Kind: "SIGSTOP of a " + rest, Worker: l.name, From: from, Halts: true})
 		for range 10 { // it may not have stopped yet
 			s.signal(l, syscall.SIGCONT)
 			<-time.After(10 * time.Millisecond)
@@ -249,6 +250,9 @@ func (s *slot) end(patience time.Duration) {
 	if over == nil {
 		return
 	}
+	if l != nil {
+		s.r.note(ledger.Fault{Kind: "orderly end of a " + s.role, Worker: l.name, Observed: true, Kills: true})
+	}
 	timeout := time.After(patience)
 	for {
 		if l != nil {
@@ -263,7 +267,7 @@ func (s *slot) end(patience time.Duration) {
 				if calm { // nothing happens to it that could keep it
 					s.r.fail(fmt.Errorf("%s did not end within %v of SIGTERM", l.name, patience))
 				}
-				s.r.note(ledger.Fault{Kind: "kill -9 of a " + s.role + " that did not end", Worker: l.name, Observed: true})
+				s.r.note(ledger.Fault{Kind: "kill -9 of a " + s.role + " that did not end", Worker: l.name, Observed: true, Kills: true})
 				s.signal(l, syscall.SIGKILL)
 			}
 			<-over

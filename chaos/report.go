@@ -1,10 +1,12 @@
 package main
 
 import (
+	"cmp"
 	"fmt"
 	"io"
 	"maps"
 	"slices"
+	"strings"
 	"text/tabwriter"
 	"time"
 
@@ -14,7 +16,7 @@ import (
 // report sums up rounds.
 type report struct {
 	faults   map[string]int // injected, by kind
-	observed int            // and not injected
+	observed map[string]int // and not injected, by kind
 	modes    map[string]*sum
 	rounds   int
 
@@ -28,7 +30,9 @@ type sum struct {
 	total            ledger.Verdict
 }
 
-func newReport() *report { return &report{faults: make(map[string]int), modes: make(map[string]*sum)} }
+func newReport() *report {
+	return &report{faults: make(map[string]int), observed: make(map[string]int), modes: make(map[string]*sum)}
+}
 
 func (rep *report) add(res result) {
 	s := rep.modes[res.mode]
@@ -49,7 +53,7 @@ func (rep *report) add(res result) {
 			s.purges++
 		case r.Fault == nil:
 		case r.Fault.Observed:
-			rep.observed++
+			rep.observed[r.Fault.Kind]++
 		default:
 			rep.faults[r.Fault.Kind]++
 			s.injected++
@@ -76,19 +80,47 @@ func (rep *report) injected() int {
 	return n
 }
 
+// named are the kinds without which a long run has not shown what it is to show.
+var named = []string{
+	"kill -9 of a worker", "kill -9 of a worker after claim", "kill -9 of a worker before send", "kill -9 of a worker after accept",
+	"kill -9 of a worker before settle", "kill -9 of a worker after settle", "kill -9 of a worker after renew",
+	"kill -9 of a worker with a claim written", "kill -9 of a worker with a settle half written", "kill -9 of a worker with a settle written",
+	"kill -9 of a worker with a settle answered", "kill -9 of a worker with a renewal written",
+	"SIGSTOP of a worker", "SIGSTOP of a worker after accept", "SIGSTOP of a worker before settle",
+	"kill -9 of a booker", "kill -9 of a booker with COMMIT written", string(cutWritten), string(cutAnswered), string(holdsRows), string(idles),
+	serverKilled, "server process of a session killed with -9", "server restarted", "server frozen",
+	"pg_terminate_backend storm", "pg_cancel_backend storm", "too many connections", "pool exhausted",
+	"half-open, requests lost for a worker", "half-open, answers lost for a worker", "latency for a worker", "connection reset for a worker",
+	"cut in the middle of a message for a worker", "row locked past the lease", "table locked", "provider down",
+	string(panics), string(panicsAfter), string(exits), string(ignoresCtx), string(fails), string(refuses), string(hangs), string(acceptsHangs), string(cutsAfter),
+}
+
+// longRun is from how many faults on each of the named kinds has to be among them.
+const longRun = 5000
+
+func (rep *report) missing() []string {
+	return slices.DeleteFunc(slices.Clone(named), func(k string) bool { return rep.faults[k] > 0 })
+}
+
 // print prints the tables, in Markdown.
 func (rep *report) print(out io.Writer, seed uint64, took time.Duration) {
-	fmt.Fprintf(out, "\nSeed %d, %d rounds, %v: %d faults of %d kinds injected", seed, rep.rounds, took.Round(time.Second), rep.injected(), len(rep.faults))
-	fmt.Fprintf(out, " (and %d stalls seen that nobody injected).\n\n", rep.observed)
+	fmt.Fprintf(out, "\nSeed %d, %d rounds, %v: %d faults of %d kinds injected.\n\n", seed, rep.rounds, took.Round(time.Second), rep.injected(), len(rep.faults))
 	w := tabwriter.NewWriter(out, 0, 0, 1, ' ', 0)
-	fmt.Fprintln(w, "| fault\t| injected\t|")
-	fmt.Fprintln(w, "| ---\t| ---\t|")
-	kinds := slices.SortedFunc(maps.Keys(rep.faults), func(a, b string) int { return rep.faults[b] - rep.faults[a] })
-	for _, k := range kinds {
-		fmt.Fprintf(w, "| %s\t| %d\t|\n", k, rep.faults[k])
+	table := func(title, count string, of map[string]int) {
+		fmt.Fprintf(w, "| %s\t| %s\t|\n| ---\t| ---\t|\n", title, count)
+		all := 0
+		for _, k := range slices.SortedFunc(maps.Keys(of), func(a, b string) int { return cmp.Or(of[b]-of[a], cmp.Compare(a, b)) }) {
+			fmt.Fprintf(w, "| %s\t| %d\t|\n", k, of[k])
+			all += of[k]
+		}
+		fmt.Fprintf(w, "| all\t| %d\t|\n\n", all)
+		_ = w.Flush() // as all of fmt.Fprint
 	}
-	fmt.Fprintf(w, "| all\t| %d\t|\n\n", rep.injected())
-	_ = w.Flush() // as all of fmt.Fprint
+	table("fault", "injected", rep.faults)
+	table("what else befell them", "seen", rep.observed)
+	if missing := rep.missing(); len(missing) > 0 {
+		fmt.Fprintf(out, "Not injected in this run: %s.\n\n", strings.Join(missing, "; "))
+	}
 	modes := slices.Sorted(maps.Keys(rep.modes))
 	fmt.Fprint(w, "| \t")
 	for _, m := range modes {
@@ -114,7 +146,7 @@ func (rep *report) print(out io.Writer, seed uint64, took time.Duration) {
 		{"rows failed with a reason", func(s *sum) int { return s.total.Failed }},
 		{"lost", count(ledger.Lost)},
 		{"duplicates allowed", func(s *sum) int { return s.total.DuplicatesAllowed }},
-		{"of these, by a stall alone", func(s *sum) int { return s.total.DuplicatesStalled }},
+		{"of these, by what was not injected", func(s *sum) int { return s.total.DuplicatesStalled }},
 		{"duplicates not allowed", count(ledger.Duplicate)},
 		{"duplicates on purpose", func(s *sum) int { return s.total.DuplicatesOnPurpose }},
 		{"requeues that a Reconciler answered", func(s *sum) int { return s.total.RequeuesAnswered }},

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -30,12 +31,14 @@ type server interface {
 
 type options struct {
 	seed   uint64
-	server server
+	server server        // nil: one that is started, and stopped in the end
 	url    string        // of the server's superuser; it may have several hosts
 	dir    string        // for the journals
 	length time.Duration // of the faults of a round
 	keep   bool          // the journals, also where nothing is wrong
 	report *report       // to be filled; nil: a new one
+
+	broken string // one of breaks, which all workers have; "": none
 
 	failovers string    // the kind of all rounds; "": none
 	failover  *failover // of this round
@@ -139,15 +142,25 @@ func runRound(ctx context.Context, opts options, number int) (res result, err er
 	}
 	res.verdict = check(res.history)
 	r.pool.Close()
-	if len(res.verdict.Violations) == 0 && r.fault == nil {
-		if err := r.opts.onServer("DROP DATABASE " + name + " WITH (FORCE)"); err != nil {
-			return res, err
+	sound := len(res.verdict.Violations) == 0 && r.fault == nil
+	if !sound || r.opts.keep {
+		if err := res.write(filepath.Join(r.dir, "database.json")); err != nil {
+			r.fail(err)
 		}
-		if !r.opts.keep {
-			err = os.RemoveAll(r.dir)
-		}
+	} else {
+		err = os.RemoveAll(r.dir)
 	}
+	err = errors.Join(err, r.opts.onServer("DROP DATABASE "+name+" WITH (FORCE)"))
 	return res, errors.Join(err, r.fault)
+}
+
+// write writes down what the database had.
+func (res result) write(path string) error {
+	text, err := json.MarshalIndent(map[string]any{"rows": res.history.Rows, "booked": res.history.Booked, "changes": res.history.Changes}, "", " ")
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(path, text, 0o644)
 }
 
 // newRand is where all that is random in a round comes from.
@@ -417,7 +430,7 @@ func (r *round) noteSlot(s *slot, kind string, from time.Time) {
 func (r *round) history() (h ledger.History, err error) {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
-	h = ledger.History{Delivery: r.spec.Delivery, Reconciled: r.spec.Reconcile, Lease: r.spec.Lease, MaxAttempts: r.spec.MaxAttempts, Permanent: []string{refused}, Drained: true}
+	h = ledger.History{Delivery: r.spec.Delivery, Reconciled: r.spec.Reconcile, Lease: r.spec.Lease, MaxAttempts: r.spec.MaxAttempts, Permanent: []string{refused}, Watched: true, Drained: true}
 	files, err := filepath.Glob(filepath.Join(r.dir, "*.jsonl"))
 	if err != nil {
 		return h, err

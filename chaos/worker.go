@@ -15,6 +15,9 @@ import (
 
 var errNone = errors.New("none")
 
+// breaks are ways to break a relay, of which the test fills in those that the rig has to see.
+var breaks map[string]func(c *child, q relay.Queue, s relay.Sender) (relay.Queue, relay.Sender)
+
 // deliver runs a relay until ctx ends.
 func (c *child) deliver(ctx context.Context) error {
 	store, err := c.store()
@@ -36,7 +39,11 @@ func (c *child) deliver(ctx context.Context) error {
 	if os.Getenv("OUTBOX_CHAOS_LOG") != "" {
 		log = slog.New(slog.NewTextHandler(os.Stderr, nil)).With("worker", c.Name)
 	}
-	r, err := relay.New(watched.Queue(store), watched.Sender(sender), relay.Config{
+	queue, sender := watched.Queue(store), watched.Sender(sender)
+	if c.Broken != "" {
+		queue, sender = breaks[c.Broken](c, queue, sender)
+	}
+	r, err := relay.New(queue, sender, relay.Config{
 		Concurrency: c.Concurrency, BatchSize: c.BatchSize, PollInterval: 100 * time.Millisecond,
 		Lease: c.Lease, SendTimeout: c.Lease / 3, ShutdownTimeout: time.Second, MaxAttempts: c.MaxAttempts,
 		Backoff:  func(attempt int) time.Duration { return time.Duration(min(attempt, 5)) * 40 * time.Millisecond },

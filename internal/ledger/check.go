@@ -33,6 +33,10 @@ type History struct {
 
 	Changes []Change // what was done to each row; nil: it was not recorded
 
+	// Watched says that each [Trouble] is recorded, and each fault that kills or halts a
+	// worker says so. With Changes it is then known whether a worker was kept from settling.
+	Watched bool
+
 	Drained bool // the relays went on until nothing was left to deliver
 }
 
@@ -112,6 +116,7 @@ func (h History) Of(key outbox.Key, id int64) []string {
 		return to.Sub(from).String()
 	}
 	workers := make(map[string]bool)
+	var troubles []Trouble
 	var first, last time.Time
 	seen := func(at time.Time) {
 		if first.IsZero() || at.Before(first) {
@@ -150,10 +155,17 @@ func (h History) Of(key outbox.Key, id int64) []string {
 			workers[s.Worker] = true
 			seen(s.To)
 			add(s.From, "settle of version %d by %s, token %s, took %s: %s %q: %s", s.Version, s.Worker, s.Token, span(s.From, s.To), s.Verdict, s.Receipt, s.Result)
+		case r.Trouble != nil:
+			troubles = append(troubles, *r.Trouble)
 		case r.Requeue != nil && r.Requeue.Key == key:
 			add(r.Requeue.From, "requeue, done %v, took %s", r.Requeue.Done, span(r.Requeue.From, r.Requeue.To))
 		case r.Purge != nil && (r.Purge.Key == key || r.Purge.Key == outbox.Key{}):
 			add(r.Purge.From, "purge, delete %v, took %s", r.Purge.Delete, span(r.Purge.From, r.Purge.To))
+		}
+	}
+	for _, t := range troubles {
+		if workers[t.Worker] && !t.From.After(last) && !t.To.Before(first) {
+			add(t.From, "trouble of %s to %s, took %s: %s", t.Worker, t.Call, span(t.From, t.To), t.Text)
 		}
 	}
 	for _, f := range h.faults() {
@@ -259,7 +271,8 @@ type checker struct {
 	settled  map[int64][]Settled
 	requeues map[outbox.Key][]Requeue
 	purges   []Purge
-	changed  map[int64][]Change // by id, in order
+	troubles map[string][]Trouble // by worker
+	changed  map[int64][]Change   // by id, in order
 
 	committed map[version]string    // content
 	acked     map[version]time.Time // when it was known to be committed at the latest
@@ -275,7 +288,7 @@ func Check(h History) Verdict {
 		History: h,
 		faults:  make(map[string][]Fault), onKey: make(map[outbox.Key][]Fault),
 		attempts: make(map[add][]Commit), accepts: make(map[version][]Accept), claims: make(map[int64][]Claimed), settled: make(map[int64][]Settled),
-		requeues: make(map[outbox.Key][]Requeue), changed: make(map[int64][]Change),
+		requeues: make(map[outbox.Key][]Requeue), troubles: make(map[string][]Trouble), changed: make(map[int64][]Change),
 		committed: make(map[version]string), acked: make(map[version]time.Time),
 		newest: make(map[int64]int64), keys: make(map[int64]outbox.Key),
 		maybe: make(map[outbox.Key]map[string]bool), undone: make(map[outbox.Key]map[string]bool),
@@ -325,6 +338,8 @@ func (c *checker) index() {
 			c.requeues[r.Requeue.Key] = append(c.requeues[r.Requeue.Key], *r.Requeue)
 		case r.Purge != nil:
 			c.purges = append(c.purges, *r.Purge)
+		case r.Trouble != nil:
+			c.troubles[r.Trouble.Worker] = append(c.troubles[r.Trouble.Worker], *r.Trouble)
 		}
 	}
 }
@@ -526,23 +541,40 @@ func (c *checker) rule(a, b Accept) ruling {
 	if c.Delivery == relay.AtMostOnce {
 		return ruling{violation: ", at most once"}
 	}
+	if a.Worker == b.Worker && a.Claimed.Equal(b.Claimed) && !a.Claimed.IsZero() {
+		return ruling{violation: fmt.Sprintf(", by one claim of %s", a.Worker)}
+	}
 	for _, s := range c.settled[a.ID] {
 		if s.Worker == a.Worker && s.Version == a.Version && s.Verdict == outbox.Delivered && s.Result != outbox.LeaseStale &&
 			s.Receipt == a.Receipt && !s.From.Before(a.Begun) && s.To.Before(b.Begun) {
 			return ruling{violation: fmt.Sprintf(", and the first was settled at %s, before the second began", clock(s.To))}
 		}
 	}
+	if neglected := c.neglected(a); neglected != "" {
+		return ruling{violation: neglected}
+	}
 	explained, injected := false, false
+	until := c.claimedBy(b)
 	for _, f := range slices.Concat(c.faults[a.Worker], c.faults[""], c.onKey[a.Key]) {
 		// A fault of one message hits who sends it; a row that is locked hits everybody.
-		if f.overlaps(a.start(), b.Begun) && (f.Worker == "" || f.Worker == a.Worker || !f.Message) {
+		if f.overlaps(a.start(), until) && (f.Worker == "" || f.Worker == a.Worker || !f.Message) {
 			explained, injected = true, injected || !f.Observed
 		}
 	}
 	if explained {
 		return ruling{allowed: true, stalled: !injected}
 	}
-	return ruling{violation: fmt.Sprintf(", and nothing happened to %s between %s and %s", a.Worker, clock(a.start()), clock(b.Begun))}
+	return ruling{violation: fmt.Sprintf(", and nothing happened to %s between %s and %s", a.Worker, clock(a.start()), clock(until))}
+}
+
+// claimedBy is by when the claim of a delivery had taken place.
+func (c *checker) claimedBy(a Accept) time.Time {
+	for _, cl := range c.claims[a.ID] {
+		if cl.Worker == a.Worker && cl.From.Equal(a.Claimed) {
+			return cl.To
+		}
+	}
+	return a.Begun
 }
 
 // requeued reports whether an operator had the row sent again between two sends.

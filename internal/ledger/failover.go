@@ -10,6 +10,7 @@ import (
 
 // Failover is what became of a primary and its asynchronous standby.
 type Failover struct {
+	CaughtUp time.Time // what was acknowledged before has arrived; zero: not known
 	Killed   time.Time // just before the primary was: it may have answered for a moment yet
 	Promoted time.Time // the standby takes writes, perhaps for a moment already
 }
@@ -31,6 +32,7 @@ type Losses struct {
 // whether it is all that was lost. Booked and Changes are those of the new primary, and
 // decide: both are written in the same transactions as what they are about.
 //
+// Nothing may be lost that was acknowledged before the standby had caught up for the last time.
 // What was lost has to be the end, as a standby has the WAL in order: an add that was begun
 // after the acknowledgement of one that is lost is not to be there, and no change at all
 // that was begun after that of a claim or a settlement that is lost. And nothing that is
@@ -90,6 +92,13 @@ func (h History) Survived(f Failover) (History, Losses) {
 	}
 	of := func(c *Commit) begin { return begin{add{c.Request, c.Key}, c.Caller, c.From.UnixNano()} }
 	gone := make(map[begin]bool) // what was begun, and was acknowledged, and is not there
+	// arrived notes it if what is lost was acknowledged before the standby had caught up.
+	arrived := func(kind Kind, key outbox.Key, id int64, acked time.Time, what string, args ...any) {
+		if acked.Before(f.CaughtUp) {
+			l.Violations = append(l.Violations, Violation{kind, key, id, fmt.Sprintf(what+" was acknowledged at %s, the standby had all up to %s, and it is not there",
+				append(args, clock(acked), clock(f.CaughtUp))...)})
+		}
+	}
 	kept := make([]Record, 0, len(h.Records))
 	for _, r := range h.Records {
 		drop := false
@@ -100,6 +109,7 @@ func (h History) Survived(f Failover) (History, Losses) {
 			if drop {
 				l.Adds++
 				gone[of(c)] = true
+				arrived(Lost, c.Key, c.ID, c.To, "request %s of %s", c.Request, c.Caller)
 			} else if !firstLost.IsZero() && c.From.After(firstLost) && c.To.Before(f.Killed) {
 				l.Violations = append(l.Violations, Violation{Lost, c.Key, c.ID, fmt.Sprintf(
 					"request %s, begun at %s, is there, and one that was acknowledged at %s is not", c.Request, clock(c.From), clock(firstLost))})
@@ -109,6 +119,7 @@ func (h History) Survived(f Failover) (History, Losses) {
 			drop = !anyWithin(claimed[lease{r.Claimed.ID, r.Claimed.Token}], r.Claimed.From, r.Claimed.To)
 			if drop {
 				l.Claims++
+				arrived(OlderContent, outbox.Key{}, r.Claimed.ID, r.Claimed.To, "a claim of %s, token %s,", r.Claimed.Worker, r.Claimed.Token)
 				if r.Claimed.To.Before(last) {
 					l.Violations = append(l.Violations, Violation{OlderContent, outbox.Key{}, r.Claimed.ID, fmt.Sprintf(
 						"%s was given version %d with token %s at %s, which is not there, and a change begun at %s is",
@@ -124,6 +135,7 @@ func (h History) Survived(f Failover) (History, Losses) {
 				drop = !anyWithin(ended[of], s.From, s.To)
 				if drop {
 					l.Settles++
+					arrived(StalePassed, outbox.Key{}, s.ID, s.To, "a settlement by %s, token %s,", s.Worker, s.Token)
 					if s.To.Before(last) {
 						l.Violations = append(l.Violations, Violation{StalePassed, outbox.Key{}, s.ID, fmt.Sprintf(
 							"%s was told at %s that version %d is settled (%s, %s), which is not there, and a change begun at %s is",

@@ -16,7 +16,7 @@ func TestSurvived(t *testing.T) {
 	t.Parallel()
 	epoch := time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)
 	at := func(seconds int) time.Time { return epoch.Add(time.Duration(seconds) * time.Second) }
-	f := Failover{Killed: at(100), Promoted: at(110)}
+	f := Failover{CaughtUp: at(60), Killed: at(100), Promoted: at(110)}
 	key := outbox.Key{Type: "reject", BookingID: 1}
 	commit := func(request string, from int) Record {
 		return Record{Commit: &Commit{Request: request, Key: key, Result: Committed, ID: 1, Version: 1, Content: request, From: at(from), To: at(from + 1)}}
@@ -58,7 +58,7 @@ func TestSurvived(t *testing.T) {
 			}, Booked: booked("a")}, 1, Losses{Adds: 1}, nil,
 		},
 		"an_add_before_one_that_is_there": {
-			History{Records: []Record{commit("a", 10), commit("b", 90)}, Booked: booked("b")}, 1, Losses{Adds: 1}, []Kind{Lost},
+			History{Records: []Record{commit("a", 70), commit("b", 90)}, Booked: booked("b")}, 1, Losses{Adds: 1}, []Kind{Lost},
 		},
 		"an_add_side_by_side_with_one_that_is_there": {
 			History{Records: []Record{commit("a", 90), commit("b", 90)}, Booked: booked("b")}, 1, Losses{Adds: 1}, nil,
@@ -106,6 +106,18 @@ func TestSurvived(t *testing.T) {
 		},
 		"a_settlement_that_is_there": {
 			History{Records: []Record{settled("t", 90, outbox.LeaseDone)}, Changes: []Change{leases("t", 80), settles("t", 90)}}, 1, Losses{}, nil,
+		},
+		"an_add_that_had_arrived": {
+			History{Records: []Record{commit("b", 58)}}, 0, Losses{Adds: 1}, []Kind{Lost},
+		},
+		"an_add_as_the_standby_caught_up": {
+			History{Records: []Record{commit("b", 59)}}, 0, Losses{Adds: 1}, nil,
+		},
+		"a_claim_that_had_arrived": {
+			History{Records: []Record{claimed("t", 58)}}, 0, Losses{Claims: 1}, []Kind{OlderContent},
+		},
+		"a_settlement_that_had_arrived": {
+			History{Records: []Record{settled("t", 58, outbox.LeaseDone)}, Changes: []Change{leases("t", 50)}}, 0, Losses{Settles: 1}, []Kind{StalePassed},
 		},
 		"a_stale_settle_refused": {
 			History{Records: []Record{settled("t", 120, outbox.LeaseStale)}}, 0, Losses{Refused: 1}, nil,

@@ -20,6 +20,7 @@ type Record struct {
 	Claimed *Claimed `json:"claimed,omitempty"`
 	Settled *Settled `json:"settled,omitempty"`
 	Fault   *Fault   `json:"fault,omitempty"`
+	Trouble *Trouble `json:"trouble,omitempty"`
 	Requeue *Requeue `json:"requeue,omitempty"`
 	Purge   *Purge   `json:"purge,omitempty"`
 }
@@ -103,6 +104,9 @@ type Fault struct {
 	Harmless bool `json:"harmless,omitempty"` // it cannot cause a duplicate, and excuses none
 
 	Message bool `json:"message,omitempty"` // it hit Worker's sends of Key alone
+
+	Kills bool `json:"kills,omitempty"` // Worker did nothing any more
+	Halts bool `json:"halts,omitempty"` // Worker stood still, from From to To
 
 	Observed bool `json:"observed,omitempty"` // nobody injected it, such as a stall of the machine
 }

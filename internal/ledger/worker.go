@@ -3,6 +3,7 @@ package ledger
 import (
 	"context"
 	"errors"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -138,7 +139,11 @@ func (q *queue) Extend(ctx context.Context, leases []outbox.Lease, d time.Durati
 			return nil, err
 		}
 	}
+	from := time.Now()
 	rest, err := q.q.Extend(ctx, leases[half:], d)
+	if err := q.w.trouble("renew", from, rest, err); err != nil {
+		return nil, err
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -182,6 +187,9 @@ func (q *queue) Settle(ctx context.Context, settlements []outbox.Settlement) ([]
 func (q *queue) settle(ctx context.Context, settlements []outbox.Settlement) ([]outbox.LeaseResult, error) {
 	from := time.Now()
 	results, err := q.q.Settle(ctx, settlements)
+	if err := q.w.trouble("settle", from, results, err); err != nil {
+		return nil, err
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -201,6 +209,20 @@ func (q *queue) settle(ctx context.Context, settlements []outbox.Settlement) ([]
 	}
 	q.w.mu.Unlock()
 	return results, q.w.Journal.Note(records...)
+}
+
+// trouble notes a call that failed, found rows locked, or took long. The error is the journal's.
+func (w *Worker) trouble(call string, from time.Time, results []outbox.LeaseResult, err error) error {
+	to, text := time.Now(), ""
+	switch {
+	case err != nil:
+		text = err.Error()
+	case slices.Contains(results, outbox.LeaseHeld):
+		text = "a row was locked"
+	case to.Sub(from) < slow:
+		return nil
+	}
+	return w.Journal.Note(Record{Trouble: &Trouble{Worker: w.Name, Call: call, Text: text, From: from, To: to}})
 }
 
 // Sender returns s, watched. It is a [relay.Reconciler] if s is one.
