@@ -16,7 +16,9 @@ func (r *run) claimOn(ctx context.Context) error {
 	var (
 		trouble   = outage{log: r.log, doing: "claim"}
 		token     = outbox.NewToken()
-		repeating bool // a claim with this token had no answer
+		repeating bool      // a claim with this token had no answer
+		unheard   time.Time // when the last that had none failed
+		found     []int64   // rows that the token was good for while it is repeated: none is to get it twice
 		pause     = firstPause
 		ever      bool
 		horizon   horizon
@@ -45,7 +47,7 @@ func (r *run) claimOn(ctx context.Context) error {
 		if !repeating {
 			since = horizon.since()
 		}
-		found, suspect, last, err := r.claim(ctx, outbox.ClaimOptions{Token: token, Repeated: repeating, Limit: limit, InTurn: inTurn, Since: since})
+		res, err := r.claim(ctx, outbox.ClaimOptions{Token: token, Repeated: repeating, Limit: limit, InTurn: inTurn, Since: since, Except: found})
 		switch {
 		case errors.Is(err, errBusy):
 			trouble.ended()
@@ -60,7 +62,7 @@ func (r *run) claimOn(ctx context.Context) error {
 			return err
 		case err != nil:
 			// Its rows may have been claimed all the same: the next claim has the same token.
-			repeating = true
+			repeating, unheard = true, time.Now()
 			trouble.began(err)
 			_ = sleep(ctx, trouble.pause())
 			if errors.Is(err, context.DeadlineExceeded) {
@@ -68,35 +70,37 @@ func (r *run) claimOn(ctx context.Context) error {
 				// The database answers, but not to this. What the claim leased after all comes
 				// back at the end of its lease.
 				if since.IsZero() && horizon.timedOut(r.callTimeout()) {
-					token, repeating = outbox.NewToken(), false
+					token, repeating, found = outbox.NewToken(), false, nil
 				}
 			}
 			continue
 		}
 		trouble.ended()
 		ever = true
-		horizon.claimed(since, time.Since(began), found, found >= limit, last)
+		horizon.claimed(since, time.Since(began), len(res.ids), len(res.ids) >= limit, res.last)
 		if inTurn {
 			patience = turnPatience
 		} else if !busySince.IsZero() {
 			patience = 0 // who is claiming may be stuck
 		}
 		busySince = time.Time{}
-		if !repeating || found < limit { // else more of its rows may be left
-			token, repeating = outbox.NewToken(), false
+		if repeating && len(res.ids) >= limit && time.Since(unheard) < r.cfg.Lease { // more of its rows may be left
+			found = append(found, res.ids...)
+		} else {
+			token, repeating, found = outbox.NewToken(), false, nil
 		}
 		switch {
-		case found >= limit:
+		case len(res.ids) >= limit:
 			full = time.Now()
 			pause, took = 0, full.Sub(began)
 			continue
-		case suspect: // others may have stood behind more of them
+		case res.suspect: // others may have stood behind more of them
 			pause = 0
 			continue
 		}
 		r.startSmall()
 		switch {
-		case found > 0:
+		case len(res.ids) > 0:
 			pause = min(firstPause, r.cfg.PollInterval)
 		default:
 			pause = min(max(pause+pause/2, firstPause), r.cfg.PollInterval)
@@ -189,10 +193,15 @@ func (r *run) capacity() int {
 	return free
 }
 
-// claim claims by opts, which it completes, and returns how many rows it found, those that
-// it failed included, whether one is a suspect, and when the last of them fell due. In
-// turn with others it may return errBusy.
-func (r *run) claim(ctx context.Context, opts outbox.ClaimOptions) (found int, suspect bool, last time.Time, err error) {
+// claimed is what a claim found.
+type claimed struct {
+	ids     []int64   // those that it failed included
+	suspect bool      // one of them is
+	last    time.Time // when the last of them fell due
+}
+
+// claim claims by opts, which it completes. In turn with others it may return errBusy.
+func (r *run) claim(ctx context.Context, opts outbox.ClaimOptions) (found claimed, err error) {
 	// When ctx ends, the answer should still be heard: nobody else knows these rows are free.
 	grace, cancel := afterwards(ctx, claimGrace)
 	defer cancel()
@@ -201,15 +210,17 @@ func (r *run) claim(ctx context.Context, opts outbox.ClaimOptions) (found int, s
 	began := time.Now()
 	opts.Lease, opts.Types, opts.MaxAttempts = r.cfg.Lease, r.cfg.Types, max(r.cfg.MaxAttempts, 0)
 	opts.AtMostOnce, opts.Reconcile = r.cfg.Delivery == AtMostOnce, r.reconcile != nil
-	opts.Except, opts.Suspects = r.ids(), r.suspects()
+	opts.Except, opts.Suspects = append(r.ids(), opts.Except...), r.suspects()
 	res, err := r.queue.Claim(grace, opts)
 	if err == nil && res.Busy {
 		err = errBusy
 	}
 	if err != nil {
-		return 0, false, last, err
+		return found, err
 	}
+	found.last = res.Last
 	for _, n := range res.Failed {
+		found.ids = append(found.ids, n.ID)
 		r.logFailed(n, n.LastError)
 	}
 	items := make([]item, len(res.Claimed))
@@ -218,8 +229,9 @@ func (r *run) claim(ctx context.Context, opts outbox.ClaimOptions) (found int, s
 		it := &items[i]
 		*it = item{Claimed: &res.Claimed[i], claimed: began, until: began.Add(r.cfg.Lease)}
 		r.live[it] = struct{}{}
+		found.ids = append(found.ids, it.ID)
 		if it.Suspect && r.cfg.MaxAttempts > 1 {
-			r.suspect, suspect = it, true
+			r.suspect, found.suspect = it, true
 			r.waiting = slices.Insert(r.waiting, 0, it) // nobody's death but its own is to fail it
 			continue
 		}
@@ -228,7 +240,7 @@ func (r *run) claim(ctx context.Context, opts outbox.ClaimOptions) (found int, s
 	r.settled += len(res.Failed)
 	r.mu.Unlock()
 	signal(r.toSend)
-	return len(res.Claimed) + len(res.Failed), suspect, res.Last, nil
+	return found, nil
 }
 
 // acquitted is called under the lock when the Send of it is over, or it will not be

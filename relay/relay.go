@@ -254,7 +254,7 @@ func (r *Relay) RunOnce(ctx context.Context) (int, error) {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		_, _, _, err := s.claim(ctx, outbox.ClaimOptions{Token: outbox.NewToken(), Limit: r.cfg.BatchSize})
+		_, err := s.claim(ctx, outbox.ClaimOptions{Token: outbox.NewToken(), Limit: r.cfg.BatchSize})
 		return err
 	})
 	if err == nil {

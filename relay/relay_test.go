@@ -40,6 +40,8 @@ var discard = slog.New(slog.NewTextHandler(io.Discard, nil))
 //	a new token after a failed claim, or the   repeats_a_claim_...; TestShutdown
 //	same for ever
 //	Repeated never or always said              repeats_a_claim_until_...
+//	a row claimed again by a repeated token,   gives_no_row_..., repeats_a_claim_for_...
+//	or a token repeated without end
 //	claims repeated without an answer          does_not_pile_up_claims_...
 //	suspects sent like others                  sends_one_at_a_time_...
 //	no pause while idle, or none of 4 ms       backs_off_...
@@ -609,6 +611,51 @@ func TestRun(t *testing.T) {
 		}
 	})
 
+	// A settle that a frozen server carries out later would pass for that of the second lease.
+	bubble("gives_no_row_the_same_token_twice", func(t *testing.T) {
+		q := newFakeQueue(100)
+		var tokens []outbox.Token
+		given := make(map[outbox.Lease]bool)
+		tried := make(map[int64]bool)
+		sender := relay.SenderFunc(func(_ context.Context, n outbox.Notification) (string, error) {
+			if !tried[n.ID] {
+				tried[n.ID] = true
+				return "", errors.New("not now")
+			}
+			return "", nil
+		})
+		lost := &losingQueue{fakeQueue: q, tokens: &tokens, lose: 1, given: func(l outbox.Lease) {
+			require.False(t, given[l], "row %d had token %v before", l.ID, l.Token)
+			given[l] = true
+		}}
+		stop := start(t, newRelay(t, lost, sender, relay.Config{BatchSize: 4, Concurrency: 1, Backoff: func(int) time.Duration { return 0 }}))
+		advance(time.Minute)
+		require.NoError(t, stop())
+		require.Equal(t, 100, q.count(outbox.StatusSent))
+		require.Equal(t, tokens[0], tokens[2], "repeated, and full")
+	})
+
+	// Rows that fall due all the time fill every claim.
+	bubble("repeats_a_claim_for_one_lease_at_most", func(t *testing.T) {
+		q := newFakeQueue(500)
+		var tokens []outbox.Token
+		last := func() outbox.Token {
+			all := q.claimsMade()
+			return all[len(all)-1].Token
+		}
+		sender := relay.SenderFunc(func(context.Context, outbox.Notification) (string, error) {
+			take(10 * time.Millisecond)
+			return "", nil
+		})
+		stop := start(t, newRelay(t, &losingQueue{fakeQueue: q, tokens: &tokens, lose: 1}, sender, relay.Config{BatchSize: 4, Concurrency: 1, Lease: 3 * time.Second}))
+		advance(2500 * time.Millisecond)
+		first := q.claimsMade()[0].Token
+		require.Equal(t, first, last())
+		advance(time.Second)
+		require.NotEqual(t, first, last())
+		require.NoError(t, stop())
+	})
+
 	bubble("keeps_results_through_an_outage_and_claims_no_more_until_they_are_settled", func(t *testing.T) {
 		q := newFakeQueue(500)
 		sent := 0
@@ -925,6 +972,7 @@ type losingQueue struct {
 	*fakeQueue
 	tokens *[]outbox.Token
 	lose   int
+	given  func(outbox.Lease) // told of each that is not lost; may be nil
 }
 
 func (q *losingQueue) Claim(ctx context.Context, opts outbox.ClaimOptions) (outbox.ClaimResult, error) {
@@ -932,6 +980,11 @@ func (q *losingQueue) Claim(ctx context.Context, opts outbox.ClaimOptions) (outb
 	res, err := q.fakeQueue.Claim(ctx, opts)
 	if len(*q.tokens) <= q.lose {
 		return outbox.ClaimResult{}, errors.New("connection reset by peer")
+	}
+	if q.given != nil {
+		for _, c := range res.Claimed {
+			q.given(c.Lease)
+		}
 	}
 	return res, err
 }
