@@ -92,7 +92,7 @@ func (c *checker) leaseEnd(a Accept) (end time.Time, expired, known bool) {
 	}
 	for _, ch := range c.changed[a.ID] {
 		switch {
-		case ch.Before == nil, ch.Before.LeaseUntil == nil, !sameClaim(ch.Before.token(), token):
+		case ch.Before == nil, ch.Before.LeaseUntil == nil, ch.At.Before(a.Claimed), !sameClaim(ch.Before.token(), token):
 		case ch.After == nil, ch.After.LeaseUntil == nil:
 			return ch.At, false, true
 		case !sameClaim(ch.After.token(), token):

@@ -255,6 +255,11 @@ func (c *checker) change(key outbox.Key, ch Change) {
 	case old.leased(ch.At) && now.Token == old.Token && now.LeaseUntil.Equal(*old.LeaseUntil) && now.Attempts != old.Attempts:
 		c.violation(LeaseBroken, key, ch.ID, "a refresh changed the attempts of a delivery that is under way %s", what)
 	}
+	if now.LeaseUntil != nil && now.Token != old.Token && slices.ContainsFunc(c.changed[ch.ID], func(e Change) bool {
+		return e.Seq < ch.Seq && e.Before != nil && e.Before.LeaseUntil != nil && e.Before.Token == now.Token
+	}) {
+		c.violation(LeaseBroken, key, ch.ID, "a row was leased a second time by one token %s", what)
+	}
 	claimed := now.LeaseUntil != nil && !sameClaim(now.token(), old.token())
 	switch {
 	case claimed && !old.due(ch.Began):

@@ -63,6 +63,10 @@ func TestCheck_finds_in_the_changes_of_a_row(t *testing.T) {
 			before := row(outbox.StatusPending, 1, 0, 7, 106)
 			h.Changes[1].Before = before
 		}, ledger.LeaseBroken},
+		{"a_token_that_leased_the_row_before", func(h *ledger.History) {
+			h.Changes = append(h.Changes, change(50, row(outbox.StatusPending, 1, 0, 0, 0), row(outbox.StatusPending, 1, 0, 1, 1050)),
+				change(60, row(outbox.StatusPending, 1, 0, 1, 1050), row(outbox.StatusPending, 1, 0, 0, 0)))
+		}, ledger.LeaseBroken},
 		{"a_refresh_that_ended_a_lease", func(h *ledger.History) {
 			leased, refreshed := row(outbox.StatusPending, 1, 0, 1, 1105), row(outbox.StatusPending, 2, 0, 1, 1105)
 			refreshed.LeaseUntil = nil
@@ -232,9 +236,9 @@ func TestCheck_allows_in_the_changes_of_a_row(t *testing.T) {
 			h.Changes = append(h.Changes, change(90, before, after))
 		},
 		"a_refresh_of_a_lease_that_has_ended": func(h *ledger.History) {
-			refreshed := row(outbox.StatusPending, 2, 0, 1, 80)
+			refreshed := row(outbox.StatusPending, 2, 0, 7, 80)
 			refreshed.LeaseUntil = nil
-			h.Changes = append(h.Changes, change(90, row(outbox.StatusPending, 1, 0, 1, 80), refreshed))
+			h.Changes = append(h.Changes, change(90, row(outbox.StatusPending, 1, 0, 7, 80), refreshed))
 		},
 		"a_settled_row_that_was_requeued": func(h *ledger.History) {
 			h.Records = append(h.Records, ledger.Record{Requeue: &ledger.Requeue{Key: key, From: at(180), To: time.Time{}}})
