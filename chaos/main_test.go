@@ -39,8 +39,14 @@ func TestMain(m *testing.M) {
 //	a claim an hour before the row is due         other violations: "a row was claimed that was not due"
 //	a repeat takes the attempts of a delivery     leases not respected: "a refresh changed the attempts"
 //	a repeat that changes nothing ends the lease  leases not respected
+//	results dropped of rows that a caller holds   duplicates: "though nothing kept it from settling"
+//	a repeated claim leases rows that it had      leases not respected: "leased a second time by one token"
 //
-// What relays do wrong is tried by [TestRun_finds_a_relay].
+// One it does not see, as the failing call explains each duplicate that it causes:
+//
+//	results dropped on a settle error             TestServerFaults of package relay
+//
+// What else relays may do wrong is tried by [TestRun_finds_a_relay].
 
 // TestRun is a short slice of what make chaos does, by a fixed seed. It is not parallel
 // to the test of failovers: both need the machine.
