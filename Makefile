@@ -30,7 +30,7 @@ PARALLEL ?= 6
 HOLD ?= 15m
 GO ?= go
 GOTEST = $(GO) test -race -count=1 -p=1 -timeout=$(TIMEOUT) -parallel=$(PARALLEL)
-ONCE = ^Test(Protocol|Mutations|Torture_(finds|fails|says|takes|passes_a_sender))
+ONCE = ^Test(Protocol|Mutations|Torture_(finds|fails|says|takes|passes_a_sender)|Run$$|RunOnce$$|Shutdown$$|Check_|Survived|Worker_|Journal_|Server_(Crash|Restart|Pause|Stop_|StartPgBouncer)|Start_)
 LINT = $(GO) tool -modfile=$(CURDIR)/tools.mod golangci-lint run
 
 # Nested modules have dependencies that users of the library should not carry.

@@ -255,8 +255,8 @@ func (c *checker) change(key outbox.Key, ch Change) {
 	case old.leased(ch.At) && now.Token == old.Token && now.LeaseUntil.Equal(*old.LeaseUntil) && now.Attempts != old.Attempts:
 		c.violation(LeaseBroken, key, ch.ID, "a refresh changed the attempts of a delivery that is under way %s", what)
 	}
-	if now.LeaseUntil != nil && now.Token != old.Token && slices.ContainsFunc(c.changed[ch.ID], func(e Change) bool {
-		return e.Seq < ch.Seq && e.Before != nil && e.Before.LeaseUntil != nil && e.Before.Token == now.Token
+	if now.LeaseUntil != nil && now.Token != old.Token && slices.ContainsFunc(c.claims[ch.ID], func(cl Claimed) bool {
+		return cl.Token == now.token() && cl.To.Before(ch.At) // of a lease that nobody heard of there is nothing to come
 	}) {
 		c.violation(LeaseBroken, key, ch.ID, "a row was leased a second time by one token %s", what)
 	}

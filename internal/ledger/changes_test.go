@@ -64,6 +64,7 @@ func TestCheck_finds_in_the_changes_of_a_row(t *testing.T) {
 			h.Changes[1].Before = before
 		}, ledger.LeaseBroken},
 		{"a_token_that_leased_the_row_before", func(h *ledger.History) {
+			h.Records = append(h.Records, ledger.Record{Claimed: &ledger.Claimed{Worker: "w1", ID: 1, Version: 1, Token: token(1), From: at(45), To: at(55)}})
 			h.Changes = append(h.Changes, change(50, row(outbox.StatusPending, 1, 0, 0, 0), row(outbox.StatusPending, 1, 0, 1, 1050)),
 				change(60, row(outbox.StatusPending, 1, 0, 1, 1050), row(outbox.StatusPending, 1, 0, 0, 0)))
 		}, ledger.LeaseBroken},
@@ -187,6 +188,11 @@ func TestCheck_allows_in_the_changes_of_a_row(t *testing.T) {
 	for name, changes := range map[string]func(h *ledger.History){
 		"a_claim_after_the_lease_has_ended": func(h *ledger.History) {
 			h.Changes[1].Before = row(outbox.StatusPending, 1, 0, 7, 104)
+		},
+		"a_token_of_a_claim_that_nobody_heard_of": func(h *ledger.History) {
+			h.Changes = append(h.Changes, change(50, row(outbox.StatusPending, 1, 0, 0, 0), row(outbox.StatusPending, 1, 0, 1, 80)),
+				change(85, row(outbox.StatusPending, 1, 0, 1, 80), row(outbox.StatusPending, 1, 0, 2, 95)),
+				change(90, row(outbox.StatusPending, 1, 0, 2, 95), row(outbox.StatusPending, 1, 0, 0, 0)))
 		},
 		"a_claim_that_is_repeated": func(h *ledger.History) {
 			before := row(outbox.StatusPending, 1, 0, 1, 1100)
