@@ -5,24 +5,48 @@ import (
 	"log/slog"
 	"os"
 	"strconv"
+	"sync"
 	"testing"
+
+	"github.com/stretchr/testify/require"
+	"pgregory.net/rapid"
 
 	"github.com/seed3357934d/outbox/internal/pgtest"
 )
 
-// What the flags of rapid are where the command line does not say otherwise: few checks, as
-// every run has others but in CI, and no files of failures, as a failure tells its seed.
+// seedGiven: -rapid.seed was.
+var seedGiven bool
+
 func TestMain(m *testing.M) {
-	flags := map[string]string{"rapid.checks": "20", "rapid.nofailfile": "true"}
-	if os.Getenv("CI") != "" {
-		flags["rapid.seed"] = "1"
+	flag.Parse()
+	// A failure tells its seed.
+	if err := flag.Set("rapid.nofailfile", "true"); err != nil {
+		panic(err)
 	}
-	for name, value := range flags {
-		if err := flag.Set(name, value); err != nil {
-			panic(err)
-		}
-	}
+	seedGiven = flag.Lookup("rapid.seed").Value.String() != "0"
 	pgtest.Main(m)
+}
+
+// seeding is held while the flag of the seed is set for one check.
+var seeding sync.Mutex
+
+// check is rapid.Check, which does 100 checks, or as many as -rapid.checks says. In CI they are
+// always the same, and begin with a seed of the test's own; else they are others in
+// every run. -rapid.seed goes before both. Rapid has one flag for all tests of the
+// process, and has read it when it first calls prop.
+func check(t *testing.T, seed uint64, prop func(*rapid.T)) {
+	if os.Getenv("CI") == "" || seedGiven {
+		rapid.Check(t, prop)
+		return
+	}
+	seeding.Lock()
+	begun := sync.OnceFunc(seeding.Unlock)
+	defer begun()
+	require.NoError(t, flag.Set("rapid.seed", strconv.FormatUint(seed, 10)))
+	rapid.Check(t, func(t *rapid.T) {
+		begun()
+		prop(t)
+	})
 }
 
 var discard = slog.New(slog.DiscardHandler)

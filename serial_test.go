@@ -42,6 +42,7 @@ type party struct {
 	held    []outbox.Key      // locked until it ends
 	tries   []outbox.Key      // those of the statement under way
 	pending <-chan stepResult // nil: it is idle
+	waited  bool              // the statement under way
 	calls   []call
 	begun   int // adds
 	over    bool
@@ -64,13 +65,25 @@ type rivals struct {
 	requeues *outbox.PGStore // on a connection of its own, whose pid is
 	pid      uint32
 
-	once   bool // nobody adds twice, so nobody may come into a deadlock
-	step   int
-	since  int // the step in which the requeue that is pending began
-	units  []unit
-	failed int // transactions that PostgreSQL refused
-	waits  int // steps at the end of which somebody waited
+	adds    adds
+	reached *tally
+	step    int
+	since   int // the step in which the requeue that is pending began
+	units   []unit
 }
+
+// adds are the adds of a transaction.
+type adds string
+
+const (
+	anyAdds  adds = "any"
+	oneBatch adds = "one batch each"      // so nobody may come into a deadlock
+	opposed  adds = "batches, opposed"    // likewise; see rivals.oppose
+	singles  adds = "several single ones" // in any order, so deadlocks are to be expected
+)
+
+// once: nobody adds twice.
+func (a adds) once() bool { return a == oneBatch || a == opposed }
 
 // explained looks for a serial order of the units that keeps to their steps, and in which
 // all calls return what they did, and that ends in the table. It returns "", or what
@@ -121,38 +134,64 @@ func (m *model) returned(want added, got outbox.AddResult, end time.Time) string
 
 // add begins an add, or a batch.
 func (r *rivals) add(p *party) {
-	p.begun++
-	if r.once || rapid.Bool().Draw(r.t, "batch") {
-		ns := make([]outbox.NewNotification, rapid.IntRange(1, 5).Draw(r.t, "batch of"))
-		for i := range ns {
-			ns[i] = r.drawNew(r.t, r.keys)
-			p.tries = append(p.tries, ns[i].Key())
-		}
-		r.begin(p, func() (call, error) {
-			got, err := r.store.AddNotifications(r.ctx, p.tx, ns)
-			return func(m *model, end time.Time) string {
-				for i, want := range m.addMany(ns) {
-					if differs := m.returned(want, got[i], end); differs != "" {
-						return differs
-					}
-				}
-				return ""
-			}, err
-		})
+	if r.adds != singles && (r.adds.once() || rapid.Bool().Draw(r.t, "batch")) {
+		keys := rapid.SliceOfN(r.keys, 1, 5).Draw(r.t, "batch")
+		r.addMany(p, keys)
 		return
 	}
-	n := r.drawNew(r.t, r.keys)
-	p.tries = append(p.tries, n.Key())
+	keys := r.keys
+	if r.adds == singles && len(p.held) == 1 && !once(r.t, 4, "any key") {
+		keys = keys.Filter(func(key outbox.Key) bool { return !slices.Contains(p.held, key) })
+	}
+	key := keys.Draw(r.t, "key")
+	n := r.drawNew(r.t, key)
+	p.begun, p.tries = p.begun+1, []outbox.Key{key}
 	r.begin(p, func() (call, error) {
 		got, err := r.store.AddNotification(r.ctx, p.tx, n)
 		return func(m *model, end time.Time) string { return m.returned(m.add(n), got, end) }, err
 	})
 }
 
+// addMany begins a batch.
+func (r *rivals) addMany(p *party, keys []outbox.Key) {
+	ns := make([]outbox.NewNotification, len(keys))
+	for i, key := range keys {
+		ns[i] = r.drawNew(r.t, key)
+	}
+	p.begun, p.tries = p.begun+1, keys
+	r.begin(p, func() (call, error) {
+		got, err := r.store.AddNotifications(r.ctx, p.tx, ns)
+		return func(m *model, end time.Time) string {
+			for i, want := range m.addMany(ns) {
+				if differs := m.returned(want, got[i], end); differs != "" {
+					return differs
+				}
+			}
+			return ""
+		}, err
+	})
+}
+
+// oppose begins with two batches of the same keys in opposite orders, between which the
+// first transaction holds one in their middle. Did they lock as they were given, each would
+// have the key that the other wants next but one.
+func (r *rivals) oppose(keys []outbox.Key) {
+	there := slices.Clone(keys)
+	slices.Reverse(there)
+	for i, keys := range [][]outbox.Key{keys[1:2], keys, there} {
+		r.step++
+		r.addMany(r.parties[i], keys)
+		r.wait()
+	}
+	if r.parties[1].waited && r.parties[2].waited {
+		r.reached.add("opposed batches that waited", 1)
+	}
+}
+
 // begin runs the next statement of p on another goroutine.
 func (r *rivals) begin(p *party, fn func() (call, error)) {
 	c := make(chan stepResult, 1)
-	p.pending = c
+	p.pending, p.waited = c, false
 	go func() {
 		done, err := fn()
 		c <- stepResult{done, err}
@@ -170,19 +209,24 @@ func (r *rivals) end(p *party) {
 		r.refused(p, err)
 		return
 	}
+	if u.undone {
+		r.reached.add("transactions rolled back", 1)
+	} else {
+		r.reached.add("transactions committed", 1)
+	}
 	r.units = append(r.units, u)
 }
 
 // refused checks that PostgreSQL may end a transaction so.
 func (r *rivals) refused(p *party, err error) {
 	p.over = true
-	r.failed++
 	_ = p.tx.Rollback(r.ctx)
 	require.True(r.t, outbox.IsRetryable(err), "%s: %v", p.name, err)
 	var pg *pgconn.PgError
 	require.ErrorAs(r.t, err, &pg)
+	r.reached.add("transactions refused: "+pg.Code, 1)
 	if pg.Code == "40P01" {
-		require.False(r.t, r.once, "a deadlock of batches: %v", err)
+		require.False(r.t, r.adds.once(), "a deadlock of batches: %v", err)
 	} else {
 		require.NotEqual(r.t, pgx.ReadCommitted, r.level, "%v", err)
 	}
@@ -223,7 +267,12 @@ func (r *rivals) wait() {
 		})
 		require.NoError(r.t, err)
 		if !slices.ContainsFunc(busy, func(pid uint32) bool { return !reaches(blockers, pid, idle, len(busy)) }) {
-			r.waits++
+			for _, p := range all {
+				if p.pending != nil && !p.waited {
+					p.waited = true
+					r.reached.add("statements that waited", 1)
+				}
+			}
 			return
 		}
 		select {
@@ -252,6 +301,7 @@ func (r *rivals) finish(p *party, res stepResult) {
 	switch {
 	case p == r.operator:
 		require.NoError(r.t, res.err)
+		r.reached.add("calls: requeue", 1)
 		r.units = append(r.units, unit{"requeue", r.since, r.step, []call{res.call}, false})
 	case res.err != nil:
 		r.refused(p, res.err)
@@ -377,6 +427,7 @@ func (r *rivals) purgeNow() {
 
 // unit adds a call that was made and ended in this step.
 func (r *rivals) unit(what string, c call) {
+	r.reached.add("calls: "+what, 1)
 	r.units = append(r.units, unit{what, r.step, r.step, []call{c}, false})
 }
 
@@ -415,7 +466,7 @@ func (r *rivals) next(ending bool) (more bool) {
 		r.end(idle[min(n/2, len(idle)-1)])
 	case n < 2*len(idle):
 		p := idle[n/2]
-		if p.begun == 3 || p.begun > 0 && r.once || p.begun > 0 && rapid.IntRange(0, 2).Draw(r.t, "end") == 0 {
+		if p.begun == 3 || p.begun > 0 && (r.adds.once() || r.adds == anyAdds && once(r.t, 3, "end")) {
 			r.end(p)
 		} else {
 			r.add(p)
@@ -434,6 +485,26 @@ func (r *rivals) next(ending bool) (more bool) {
 	}
 	r.wait()
 	return true
+}
+
+// serialFloors are what TestSerial comes to at least.
+func serialFloors(level pgx.TxIsoLevel) map[string]int {
+	floors := map[string]int{
+		"runs explained":              100,
+		"statements that waited":      60,
+		"transactions committed":      60,
+		"transactions rolled back":    20,
+		"transactions refused: 40P01": 1, // of single adds in opposite orders
+		"opposed batches that waited": 8,
+		"calls: claim":                30,
+		"calls: settle":               4,
+		"calls: purge":                12,
+		"calls: requeue":              20,
+	}
+	if level != pgx.ReadCommitted {
+		floors["transactions refused: 40001"] = 30
+	}
+	return floors
 }
 
 // TestSerial interleaves two to four transactions and calls on the store's own pool, in any
@@ -462,7 +533,7 @@ func (r *rivals) next(ending bool) (more bool) {
 // which TestAddNotifications takes the steps one by one.
 func TestSerial(t *testing.T) {
 	t.Parallel()
-	for _, level := range []pgx.TxIsoLevel{pgx.ReadCommitted, pgx.RepeatableRead, pgx.Serializable} {
+	for i, level := range []pgx.TxIsoLevel{pgx.ReadCommitted, pgx.RepeatableRead, pgx.Serializable} {
 		t.Run(strings.ReplaceAll(string(level), " ", "_"), func(t *testing.T) {
 			t.Parallel()
 			db := pgtest.NewDB(t)
@@ -471,13 +542,22 @@ func TestSerial(t *testing.T) {
 			one := pgtest.NewPool(t, db.URL, func(cfg *pgxpool.Config) { cfg.MaxConns = 1 })
 			requeues, err := outbox.NewPGStore(one, outbox.Config{Logger: discard})
 			require.NoError(t, err)
-			var explainedUnits, refused, waits int
-			rapid.Check(t, func(t *rapid.T) {
+			reached := newTally()
+			check(t, 1_000_000*uint64(i+1), func(t *rapid.T) {
 				ctx, cancel := context.WithCancel(t.Context())
-				first := rapid.IntRange(0, len(modelKeys)-1).Draw(t, "first key")
-				last := min(first+rapid.IntRange(1, 3).Draw(t, "keys"), len(modelKeys))
-				r := &rivals{machine: newMachine(t, db, rapid.IntRange(0, outbox.Guesses-1).Draw(t, "guess"), modelKeys[first:last]),
-					t: t, ctx: ctx, level: level, once: rapid.IntRange(0, 2).Draw(t, "once") == 0, pool: pool, requeues: requeues, operator: &party{name: "requeue"}}
+				defer cancel()
+				kind := rapid.SampledFrom([]adds{singles, anyAdds, oneBatch, opposed}).Draw(t, "adds")
+				keys := rapid.Permutation(modelKeys).Draw(t, "keys")[:rapid.IntRange(2, 4).Draw(t, "of")]
+				parties := rapid.IntRange(2, 4).Draw(t, "transactions")
+				switch kind {
+				case singles:
+					keys = keys[:2]
+				case opposed:
+					parties = max(parties, 3)
+					keys = rapid.Permutation(rapid.SampledFrom([][]outbox.Key{modelKeys, modelKeys[:3]}).Draw(t, "of any shape")).Draw(t, "keys")[:3]
+				}
+				r := &rivals{machine: newMachine(t, db, rapid.IntRange(0, outbox.Guesses-1).Draw(t, "guess"), keys),
+					t: t, ctx: ctx, level: level, adds: kind, reached: reached, pool: pool, requeues: requeues, operator: &party{name: "requeue"}}
 				require.NoError(t, one.QueryRow(ctx, "SELECT pg_backend_pid()").Scan(&r.pid))
 				defer func() {
 					cancel() // ends the statements that are still under way, if the test has failed
@@ -508,14 +588,21 @@ func TestSerial(t *testing.T) {
 					case 6:
 						r.deliver(t)
 					}
-					r.now = r.look(t, db)
+					r.look(t)
 				}
-				for i := range rapid.IntRange(2, 4).Draw(t, "transactions") {
+				for i := range parties {
 					tx, err := pool.BeginTx(ctx, pgx.TxOptions{IsoLevel: level})
 					require.NoError(t, err)
 					r.parties = append(r.parties, &party{name: "transaction " + itoa(i+1), tx: tx})
 				}
-				for range rapid.IntRange(3, 12).Draw(t, "steps") {
+				if kind == opposed {
+					r.oppose(keys)
+				}
+				least := 3
+				if kind == singles {
+					least = 8
+				}
+				for range rapid.IntRange(least, 12).Draw(t, "steps") {
 					r.next(false)
 				}
 				for r.next(true) {
@@ -525,9 +612,9 @@ func TestSerial(t *testing.T) {
 				if why := explained(r.model, r.units, table, end); why != "" {
 					t.Fatalf("no serial order explains it: %s", why)
 				}
-				explainedUnits, refused, waits = explainedUnits+len(r.units), refused+r.failed, waits+r.waits
+				reached.add("runs explained", 1)
 			})
-			t.Logf("explained %d transactions and calls; %d transactions were refused; somebody waited at %d steps", explainedUnits, refused, waits)
+			reached.atLeast(t, serialFloors(level))
 		})
 	}
 }
