@@ -65,11 +65,13 @@ type rivals struct {
 	requeues *outbox.PGStore // on a connection of its own, whose pid is
 	pid      uint32
 
-	adds    adds
-	reached *tally
-	step    int
-	since   int // the step in which the requeue that is pending began
-	units   []unit
+	adds     adds
+	reached  *tally
+	at       int          // the step under way
+	requeued int          // by the last requeue
+	keep     []outbox.Key // what idle transactions hold throughout the step
+	since    int          // the step in which the requeue that is pending began
+	units    []unit
 }
 
 // adds are the adds of a transaction.
@@ -179,7 +181,7 @@ func (r *rivals) oppose(keys []outbox.Key) {
 	there := slices.Clone(keys)
 	slices.Reverse(there)
 	for i, keys := range [][]outbox.Key{keys[1:2], keys, there} {
-		r.step++
+		r.at++
 		r.addMany(r.parties[i], keys)
 		r.wait()
 	}
@@ -201,7 +203,7 @@ func (r *rivals) begin(p *party, fn func() (call, error)) {
 // end commits or rolls back.
 func (r *rivals) end(p *party) {
 	p.over = true
-	u := unit{what: p.name, first: r.step, last: r.step, calls: p.calls}
+	u := unit{what: p.name, first: r.at, last: r.at, calls: p.calls}
 	if rapid.IntRange(0, 3).Draw(r.t, "commit") == 0 {
 		require.NoError(r.t, p.tx.Rollback(r.ctx))
 		u.undone = true
@@ -236,6 +238,12 @@ func (r *rivals) refused(p *party, err error) {
 // of transactions that wait for each other one is about to be refused.
 func (r *rivals) wait() {
 	all := append(slices.Clone(r.parties), r.operator)
+	r.keep = nil
+	for _, p := range r.parties {
+		if !p.over && p.pending == nil {
+			r.keep = append(r.keep, p.held...)
+		}
+	}
 	for deadline := time.After(patience); ; {
 		idle, busy := map[uint32]bool{}, []uint32{}
 		for _, p := range all {
@@ -301,8 +309,12 @@ func (r *rivals) finish(p *party, res stepResult) {
 	switch {
 	case p == r.operator:
 		require.NoError(r.t, res.err)
+		if r.requeued > 0 {
+			r.reached.add("requeued", 1)
+			require.NotContains(r.t, r.keep, p.tries[0], "requeued while the transaction of an add was open")
+		}
 		r.reached.add("calls: requeue", 1)
-		r.units = append(r.units, unit{"requeue", r.since, r.step, []call{res.call}, false})
+		r.units = append(r.units, unit{"requeue", r.since, r.at, []call{res.call}, false})
 	case res.err != nil:
 		r.refused(p, res.err)
 	default:
@@ -428,16 +440,20 @@ func (r *rivals) purgeNow() {
 // unit adds a call that was made and ended in this step.
 func (r *rivals) unit(what string, c call) {
 	r.reached.add("calls: "+what, 1)
-	r.units = append(r.units, unit{what, r.step, r.step, []call{c}, false})
+	r.units = append(r.units, unit{what, r.at, r.at, []call{c}, false})
 }
 
 // requeueLater begins to requeue a key. Of several keys each would have a place of its own
 // in the order: a row that is pending is passed over without being locked.
 func (r *rivals) requeueLater() {
 	key := r.keys.Draw(r.t, "requeue")
-	r.since, r.operator.tries = r.step, []outbox.Key{key}
+	if held, _ := r.locked(); len(held) > 0 && !once(r.t, 3, "any key") {
+		key = rapid.SampledFrom(held).Draw(r.t, "requeue of a key that is held")
+	}
+	r.since, r.operator.tries = r.at, []outbox.Key{key}
 	r.begin(r.operator, func() (call, error) {
 		got, err := r.requeues.Requeue(r.ctx, key)
+		r.requeued = got
 		return func(m *model, _ time.Time) string {
 			if want := m.requeue([]outbox.Key{key}); got != want {
 				return fmt.Sprintf("requeued %d and should have %d", got, want)
@@ -450,7 +466,7 @@ func (r *rivals) requeueLater() {
 // next makes one step of somebody who can make one, or of those alone that have a
 // transaction to end.
 func (r *rivals) next(ending bool) (more bool) {
-	r.step++
+	r.at++
 	var idle []*party
 	for _, p := range r.parties {
 		if !p.over && p.pending == nil {
@@ -500,6 +516,7 @@ func serialFloors(level pgx.TxIsoLevel) map[string]int {
 		"calls: settle":               4,
 		"calls: purge":                12,
 		"calls: requeue":              20,
+		"requeued":                    4,
 	}
 	if level != pgx.ReadCommitted {
 		floors["transactions refused: 40001"] = 30
@@ -571,22 +588,14 @@ func TestSerial(t *testing.T) {
 					}
 				}()
 
-				for range rapid.IntRange(0, 5).Draw(t, "before") {
-					switch rapid.IntRange(0, 6).Draw(t, "what") {
-					case 0, 1:
-						r.oneAdd(t)
-					case 2:
-						r.claim(t)
-					case 3:
-						r.passHours(t)
-					case 4:
-						if len(r.leases) > 0 {
-							r.settle(t)
-						}
-					case 5:
+				if !once(t, 4, "empty") {
+					r.committed(t, func(tx pgx.Tx) func() { return r.addIn(t, tx, true) })
+					for range rapid.IntRange(0, 12).Draw(t, "before") {
+						r.step(t)
+						r.look(t)
+					}
+					for range rapid.IntRange(0, 4).Draw(t, "settled by hand") {
 						r.settleByHand(t)
-					case 6:
-						r.deliver(t)
 					}
 					r.look(t)
 				}
