@@ -538,16 +538,17 @@ func serialFloors(level pgx.TxIsoLevel) map[string]int {
 // Claims, settles and purges pass over rows that are locked, and wait for nobody. They have
 // their place in the order where they were made, with what was locked then left out.
 //
-// Mutations that turn it red, within 150 checks:
+// Mutations that turn it red, in CI:
 //
-//	no ON CONFLICT in addSQL, in insertSQL          the unique violation; not at SERIALIZABLE, which makes it 40001
-//	no FOR UPDATE in addSQL                         all levels
-//	no FOR UPDATE in addManySQL                     READ COMMITTED, REPEATABLE READ
-//	no FOR UPDATE in lookupSQL                      REPEATABLE READ
-//	no SKIP LOCKED in claimSQL, in leasedSQL        a claim, a settle that waits
+//	no ON CONFLICT in addSQL, in insertSQL     the unique violation; not at SERIALIZABLE, which makes it 40001
+//	no FOR UPDATE in addSQL, in addManySQL     all levels
+//	no FOR UPDATE in lookupSQL                 READ COMMITTED, SERIALIZABLE
+//	no SKIP LOCKED in claimSQL, in leasedSQL   all levels: a claim, a settle that waits
+//	batches that lock as they were given       all levels, and likewise in a random order
+//	the shapes of a batch from last to first   all levels, if only now and then
 //
-// Not within 130: batches that lock in different orders, and DO NOTHING in addManySQL, of
-// which TestAddNotifications takes the steps one by one.
+// Not: DO NOTHING in addManySQL, of which TestAddNotifications takes the steps one by one,
+// no SKIP LOCKED in purgeSQL, and no FOR UPDATE in requeueSQL, which takes two operators.
 func TestSerial(t *testing.T) {
 	t.Parallel()
 	for i, level := range []pgx.TxIsoLevel{pgx.ReadCommitted, pgx.RepeatableRead, pgx.Serializable} {
