@@ -5,20 +5,32 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 	"unicode/utf8"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
 
 	"github.com/seed3357934d/outbox"
 )
 
 // Querier is what the assertions look through: a [pgx.Tx], which sees what it has
-// added itself, or a pool or connection, which sees what is committed.
+// added itself, or a pool or connection, which sees what is committed. It may be wrapped,
+// as for tracing: whether it is in a transaction the server is asked.
 type Querier interface {
 	Query(ctx context.Context, sql string, args ...any) (pgx.Rows, error)
+}
+
+// InSchema is q for the assertions to look into the outbox of one schema, [outbox.Config].Schema,
+// where there are several.
+func InSchema(schema string, q Querier) Querier { return inSchema{q, schema} }
+
+type inSchema struct {
+	Querier
+	schema string
 }
 
 // Want is what a notification is expected to be. Fields with the zero value are not
@@ -48,10 +60,16 @@ type Want struct {
 // connection that is in no transaction, it means that there is a row of that key,
 // whoever added it.
 //
-// The table is the one on the search_path, or the only one there is, in any schema.
+// It looks into the outbox of every schema of the database that is migrated and that the
+// role of q may read, whatever the search_path is: what [outbox.Config].Schema says is found. A key
+// that is in several of them ends the test, unless one is named by [InSchema].
 func RequireAdded(t testing.TB, q Querier, key outbox.Key, want ...Want) outbox.Notification {
+	needT(t)
 	t.Helper()
 	for _, w := range want {
+		if w.Version < 0 {
+			t.Fatalf("outboxtest: Want.Version: no notification ever has %d", w.Version)
+		}
 		switch w.Status {
 		case "", outbox.StatusPending, outbox.StatusSent, outbox.StatusFailed:
 		default:
@@ -59,10 +77,16 @@ func RequireAdded(t testing.TB, q Querier, key outbox.Key, want ...Want) outbox.
 		}
 	}
 	v := look(t, q, key)
-	r := v.find(t, key)
-	if r == nil || v.inTx && !r.written {
-		t.Fatalf("outboxtest: no notification %v was added%s\n%s", key, v.here(), v.instead(t, key, r))
+	there := v.find(t, key)
+	added := v.added(there)
+	switch len(added) {
+	case 0:
+		t.Fatalf("outboxtest: no notification %v was added%s\n%s", key, v.here(), v.instead(t, key, there))
+	case 1:
+	default:
+		t.Fatalf("outboxtest: %d notifications %v were added%s Say which is meant by InSchema:\n%s", len(added), key, v.here(), v.lines(added))
 	}
+	r := added[0]
 	for _, w := range want {
 		if wrong := w.differences(t, r.Notification); wrong != "" {
 			t.Fatalf("outboxtest: the notification %v is not as expected:\n%s", key, wrong)
@@ -74,75 +98,141 @@ func RequireAdded(t testing.TB, q Querier, key outbox.Key, want ...Want) outbox.
 // RequireNotAdded asserts that q's transaction has added no notification of that key, in
 // the sense of [RequireAdded]: one that was there before, and was at most added again
 // without effect, is none. With a pool, or a connection that is in no transaction, it
-// asserts that there is no row of that key.
+// asserts that there is no row of that key: in no schema, unless one is named by [InSchema].
 func RequireNotAdded(t testing.TB, q Querier, key outbox.Key) {
+	needT(t)
 	t.Helper()
 	v := look(t, q, key)
-	if r := v.find(t, key); r != nil && (r.written || !v.inTx) {
-		t.Fatalf("outboxtest: a notification %v was added%s\n  %s", key, v.here(), r.String())
+	if added := v.added(v.find(t, key)); len(added) > 0 {
+		t.Fatalf("outboxtest: a notification %v was added%s\n%s", key, v.here(), v.lines(added))
 	}
 }
 
-// view is a table as a transaction, or nobody in particular, sees it.
+// needT has a nil t named: its methods would say nothing of who was given it.
+func needT(t testing.TB) {
+	if isNil(t) {
+		panic("outboxtest: t, the test, is nil")
+	}
+}
+
+// view is the outbox as a transaction, or nobody in particular, sees it.
 type view struct {
-	q     Querier
-	table string
-	inTx  bool
+	q      Querier
+	tables []string // one, but where several schemas have an outbox
+	inTx   bool
+}
+
+// tablesSQL finds the tables that may be the outbox's, and whether they can be read without an
+// error, which would abort the caller's transaction. $1 is a schema, or "" for all.
+const tablesSQL = `
+SELECT pg_catalog.format('%I.%I', n.nspname, c.relname),
+	pg_catalog.has_schema_privilege(n.oid, 'USAGE') AND pg_catalog.has_table_privilege(c.oid, 'SELECT'),
+	EXISTS (SELECT FROM pg_catalog.pg_attribute AS a WHERE a.attrelid = c.oid AND a.attname = 'sent_version' AND NOT a.attisdropped)
+FROM pg_catalog.pg_class AS c JOIN pg_catalog.pg_namespace AS n ON n.oid = c.relnamespace
+WHERE c.relname = 'outbox_notifications' AND c.relkind IN ('r', 'p') AND c.relpersistence <> 't'
+	AND ($1::pg_catalog.text = '' OR n.nspname::pg_catalog.text = $1::pg_catalog.text)
+ORDER BY 1`
+
+// momentSQL is the same for two statements of one transaction, and for no others.
+const momentSQL = `SELECT pg_catalog.pg_backend_pid(), pg_catalog.now()`
+
+type moment struct {
+	Backend int32
+	Begun   time.Time
 }
 
 func look(t testing.TB, q Querier, key outbox.Key) *view {
 	t.Helper()
+	schema := ""
+	if in, ok := q.(inSchema); ok {
+		if schema = in.schema; schema == "" {
+			t.Fatalf("outboxtest: InSchema: no schema is named")
+		}
+		q = in.Querier
+	}
 	if isNil(q) {
 		t.Fatalf("outboxtest: q, the transaction or pool to look through, is nil (%T)", q)
 	}
 	// A key that cannot be added would never be found, whatever the code under test does.
+	// What PostgreSQL's text cannot hold would abort the transaction besides.
+	for name, s := range map[string]string{"key.Type": key.Type, "InSchema: the schema": schema} {
+		switch {
+		case !utf8.ValidString(s):
+			t.Fatalf("outboxtest: %s %q is not valid UTF-8", name, short(s))
+		case strings.ContainsRune(s, 0):
+			t.Fatalf("outboxtest: %s %q has a NUL byte", name, short(s))
+		}
+	}
 	if n := utf8.RuneCountInString(key.Type); n < 1 || n > 50 {
 		t.Fatalf("outboxtest: key.Type has %d characters; a notification's has 1 to 50", n)
 	}
+
 	v := &view{q: q}
-	var conn *pgx.Conn
-	switch q := q.(type) {
-	case *pgx.Conn:
-		conn = q
-	case interface{ Conn() *pgx.Conn }:
-		conn = q.Conn()
+	type table struct {
+		Name             string
+		Readable, Usable bool
 	}
-	if conn != nil && !conn.IsClosed() {
-		switch conn.PgConn().TxStatus() {
-		case 'T':
-			v.inTx = true
-		case 'E':
-			t.Fatalf("outboxtest: an earlier error has aborted the transaction: nothing can be read in it, and nothing of it will stay")
+	tables, err := query(t, v, pgx.RowToStructByPos[table], tablesSQL, schema)
+	var moments [2][]moment
+	for i := range moments {
+		if err == nil {
+			moments[i], err = query(t, v, pgx.RowToStructByPos[moment], momentSQL)
 		}
 	}
-	tables, err := query(t, v, pgx.RowToStructByPos[struct {
-		Table  string
-		OnPath bool
-	}], `SELECT format('%I.%I', n.nspname, c.relname), pg_catalog.pg_table_is_visible(c.oid)
-		FROM pg_catalog.pg_class AS c JOIN pg_catalog.pg_namespace AS n ON n.oid = c.relnamespace
-		WHERE c.relname = 'outbox_notifications' AND c.relkind IN ('r', 'p') ORDER BY 2 DESC, 1`)
+	var pg *pgconn.PgError
 	switch {
 	case errors.Is(err, pgx.ErrTxClosed):
 		t.Fatalf("outboxtest: the transaction has ended: give the pool, to see what it has committed")
+	case errors.As(err, &pg) && pg.Code == "25P02":
+		t.Fatalf("outboxtest: an earlier error has aborted the transaction: nothing can be read in it, and nothing of it will stay")
 	case err != nil:
 		t.Fatalf("outboxtest: %v", err)
-	case len(tables) == 0:
-		t.Fatalf("outboxtest: there is no table outbox_notifications")
-	case len(tables) > 1 && !tables[0].OnPath:
-		t.Fatalf("outboxtest: there are %d tables outbox_notifications, none of them on the search_path", len(tables))
 	}
-	v.table = tables[0].Table
+	v.inTx = slices.Equal(moments[0], moments[1])
+	var not []string // what cannot be looked into
+	for _, found := range tables {
+		switch {
+		case !found.Readable:
+			not = append(not, found.Name+", which the role may not read")
+		case !found.Usable:
+			not = append(not, found.Name+", which is not migrated")
+		default:
+			v.tables = append(v.tables, found.Name)
+		}
+	}
+	where := ""
+	if schema != "" {
+		where = fmt.Sprintf(" in schema %q", schema)
+	}
+	switch {
+	case len(v.tables) > 0:
+	case len(not) > 0:
+		t.Fatalf("outboxtest: there is only %s", strings.Join(not, ", and "))
+	default:
+		t.Fatalf("outboxtest: there is no table outbox_notifications%s", where)
+	}
 	return v
 }
 
 func query[T any](t testing.TB, v *view, to pgx.RowToFunc[T], sql string, args ...any) ([]T, error) {
 	ctx, cancel := within(t)
 	defer cancel()
-	rows, err := v.q.Query(ctx, sql, args...)
+	rows, err := begun(ctx, v.q, sql, args...)
 	if err != nil {
 		return nil, err
 	}
 	return pgx.CollectRows(rows, to)
+}
+
+// begun is q.Query for a q that may panic, as connections and transactions of pgxpool do that
+// are released or were never made.
+func begun(ctx context.Context, q Querier, sql string, args ...any) (rows pgx.Rows, err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			err = fmt.Errorf("Query of q, a %T, panicked: was it released, or never made? %v", q, p)
+		}
+	}()
+	return q.Query(ctx, sql, args...)
 }
 
 // here is where the assertion has looked, for messages.
@@ -156,6 +246,7 @@ func (v *view) here() string {
 // row is a notification, and whether it is of this transaction's making.
 type row struct {
 	outbox.Notification
+	table   string
 	written bool // created or changed by it
 	locked  bool // not written, but locked, as an add does
 }
@@ -185,9 +276,18 @@ FROM (
 
 func (v *view) rows(t testing.TB, condition string, args ...any) []*row {
 	t.Helper()
-	sql := strings.NewReplacer("{table}", v.table, "{condition}", condition).Replace(rowsSQL)
+	var all []*row
+	for _, table := range v.tables {
+		all = append(all, v.rowsOf(t, table, condition, args...)...)
+	}
+	return all
+}
+
+func (v *view) rowsOf(t testing.TB, table, condition string, args ...any) []*row {
+	t.Helper()
+	sql := strings.NewReplacer("{table}", table, "{condition}", condition).Replace(rowsSQL)
 	found, err := query(t, v, func(rows pgx.CollectableRow) (*row, error) {
-		r := new(row)
+		r := &row{table: table}
 		n := &r.Notification
 		var payload *string
 		var created, locked, retry, notAfter, sent *time.Time
@@ -209,24 +309,54 @@ func (v *view) rows(t testing.TB, condition string, args ...any) []*row {
 	return found
 }
 
-func (v *view) find(t testing.TB, key outbox.Key) *row {
+// find returns the row of the key, in each table that has one.
+func (v *view) find(t testing.TB, key outbox.Key) []*row {
 	t.Helper()
-	found := v.rows(t, `o.type = $1::text AND o.booking_id IS NOT DISTINCT FROM nullif($2::bigint, 0)
+	return v.rows(t, `o.type = $1::text AND o.booking_id IS NOT DISTINCT FROM nullif($2::bigint, 0)
 		AND o.candidate_tg_id IS NOT DISTINCT FROM nullif($3::bigint, 0)`, key.Type, key.BookingID, key.CandidateTgID)
-	if len(found) == 0 {
-		return nil
+}
+
+// added are those of rows that count as added.
+func (v *view) added(rows []*row) (added []*row) {
+	for _, r := range rows {
+		if r.written || !v.inTx {
+			added = append(added, r)
+		}
 	}
-	return found[0]
+	return added
+}
+
+// lines are rows, one a line.
+func (v *view) lines(rows []*row) string {
+	var lines []string
+	for _, r := range rows {
+		lines = append(lines, "  "+v.line(r))
+	}
+	return strings.Join(lines, "\n")
+}
+
+func (v *view) line(r *row) string {
+	s := fmt.Sprintf("%v: %s, version %d", r.Key(), r.Status, r.Version)
+	if len(r.Payload) > 0 {
+		s += ", payload " + short(string(r.Payload))
+	}
+	if len(v.tables) > 1 {
+		s += ", in " + r.table
+	}
+	return s
 }
 
 // shown is how many rows a message lists.
 const shown = 10
 
-// instead says what is there, r being the row of the key.
-func (v *view) instead(t testing.TB, key outbox.Key, r *row) string {
+// instead says what is there, and of the key.
+func (v *view) instead(t testing.TB, key outbox.Key, ofKey []*row) string {
 	t.Helper()
 	var b strings.Builder
-	if r != nil {
+	if len(v.tables) > 1 {
+		fmt.Fprintf(&b, "Looked into %s.\n", strings.Join(v.tables, ", "))
+	}
+	for _, r := range ofKey {
 		switch {
 		case !r.locked:
 			fmt.Fprintf(&b, "It was there before, and is untouched:\n")
@@ -235,7 +365,7 @@ func (v *view) instead(t testing.TB, key outbox.Key, r *row) string {
 		default:
 			fmt.Fprintf(&b, "It was there before, and an add leaves it alone, being %s:\n", r.Status)
 		}
-		fmt.Fprintf(&b, "  %v\n", r)
+		fmt.Fprintf(&b, "  %s\n", v.line(r))
 	}
 	list := func(title, condition string, args ...any) bool {
 		rows := v.rows(t, condition+fmt.Sprintf(" ORDER BY o.id DESC LIMIT %d", shown+1), args...)
@@ -248,7 +378,7 @@ func (v *view) instead(t testing.TB, key outbox.Key, r *row) string {
 			if r.written && v.inTx {
 				own = ", added in this transaction"
 			}
-			fmt.Fprintf(&b, "  %v%s\n", r, own)
+			fmt.Fprintf(&b, "  %s%s\n", v.line(r), own)
 		}
 		if len(rows) > shown {
 			fmt.Fprintf(&b, "  and more\n")
@@ -259,18 +389,10 @@ func (v *view) instead(t testing.TB, key outbox.Key, r *row) string {
 		AND o.candidate_tg_id IS NOT DISTINCT FROM nullif($3::bigint, 0))`
 	if !list("There are, of the same type, booking or candidate, the newest first:",
 		other+" AND (o.type = $1 OR o.booking_id = nullif($2, 0) OR o.candidate_tg_id = nullif($3, 0))", key.Type, key.BookingID, key.CandidateTgID) &&
-		!list("There are, of other keys, the newest first:", other, key.Type, key.BookingID, key.CandidateTgID) && r == nil {
+		!list("There are, of other keys, the newest first:", other, key.Type, key.BookingID, key.CandidateTgID) && len(ofKey) == 0 {
 		b.WriteString("The outbox is empty.\n")
 	}
 	return strings.TrimSuffix(b.String(), "\n")
-}
-
-func (r *row) String() string {
-	s := fmt.Sprintf("%v: %s, version %d", r.Key(), r.Status, r.Version)
-	if len(r.Payload) > 0 {
-		s += ", payload " + short(string(r.Payload))
-	}
-	return s
 }
 
 func short(s string) string { return cut(s, 200) }

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgxpool"
 	"github.com/stretchr/testify/require"
 
@@ -37,6 +38,13 @@ var (
 	changed   = outbox.NewNotification{Type: "reject", BookingID: 7, CandidateTgID: 42, Payload: map[string]any{"slot": "10:30", "n": 1}}
 	rejectKey = reject.Key()
 )
+
+// traced is a wrapper that tells nothing of what it wraps.
+type traced struct{ q Querier }
+
+func (w traced) Query(ctx context.Context, sql string, args ...any) (pgx.Rows, error) {
+	return w.q.Query(ctx, sql, args...)
+}
 
 // Each case is about the transaction that do runs in.
 func TestRequireAdded_is_about_this_transaction(t *testing.T) {
@@ -91,8 +99,10 @@ func TestRequireAdded_is_about_this_transaction(t *testing.T) {
 			c.do(t, pool, tx)
 			added := told(t, func(f testing.TB) { RequireAdded(f, tx, rejectKey) })
 			notAdded := told(t, func(f testing.TB) { RequireNotAdded(f, tx, rejectKey) })
-			conn := told(t, func(f testing.TB) { RequireAdded(f, tx.Conn(), rejectKey) })
-			require.Equal(t, added, conn, "the connection tells that it is in a transaction")
+			for _, q := range []Querier{tx.Conn(), traced{tx}} {
+				require.Equal(t, added, told(t, func(f testing.TB) { RequireAdded(f, q, rejectKey) }), "%T tells that it is in a transaction", q)
+				require.Equal(t, notAdded, told(t, func(f testing.TB) { RequireNotAdded(f, q, rejectKey) }), "%T", q)
+			}
 			if c.added {
 				require.Empty(t, added)
 				require.Contains(t, notAdded, `a notification "reject" booking 7 candidate 42 was added in this transaction.`)
@@ -106,6 +116,7 @@ func TestRequireAdded_is_about_this_transaction(t *testing.T) {
 			there := c.before != nil || name == "added_by_another_meanwhile"
 			require.Equal(t, there, told(t, func(f testing.TB) { RequireAdded(f, pool, rejectKey) }) == "")
 			require.Equal(t, !there, told(t, func(f testing.TB) { RequireNotAdded(f, pool, rejectKey) }) == "")
+			require.Equal(t, there, told(t, func(f testing.TB) { RequireAdded(f, traced{pool}, rejectKey) }) == "")
 			require.NoError(t, tx.Commit(t.Context()))
 			there = there || c.added
 			require.Equal(t, there, told(t, func(f testing.TB) { RequireAdded(f, pool, rejectKey) }) == "")
@@ -182,25 +193,76 @@ func TestRequireAdded_tells_what_is_there(t *testing.T) {
 	require.Contains(t, told(t, func(f testing.TB) { RequireNotAdded(f, tx, rejectKey) }), "aborted the transaction")
 }
 
-func TestRequireAdded_finds_a_table_in_another_schema(t *testing.T) {
+// The assertions of a service that is configured with a schema of its own, which NewPool
+// knows nothing of.
+func TestRequireAdded_looks_into_every_schema(t *testing.T) {
 	t.Parallel()
+	const booking = `a "schema"`
 	pool := NewPool(t)
-	store, err := outbox.NewPGStore(pool, outbox.Config{Schema: `a "schema"`, Logger: logger(t)})
+	store, err := outbox.NewPGStore(pool, outbox.Config{Schema: booking, Logger: logger(t)})
 	require.NoError(t, err)
 	require.NoError(t, store.Migrate(t.Context()))
+	exec := func(q interface {
+		Exec(context.Context, string, ...any) (pgconn.CommandTag, error)
+	}, sql string) {
+		t.Helper()
+		_, err := q.Exec(t.Context(), sql)
+		require.NoError(t, err)
+	}
+	required := func(q Querier) string {
+		return told(t, func(f testing.TB) { RequireAdded(f, q, rejectKey) })
+	}
+	refused := func(q Querier) string {
+		return told(t, func(f testing.TB) { RequireNotAdded(f, q, rejectKey) })
+	}
+
 	tx := begin(t, pool)
+	require.Contains(t, required(tx), "Looked into \"a \"\"schema\"\"\".outbox_notifications, public.outbox_notifications.\nThe outbox is empty.")
 	_, err = store.AddNotification(t.Context(), tx, reject)
 	require.NoError(t, err)
-	RequireNotAdded(t, tx, rejectKey) // the one on the search_path
-	_, err = tx.Exec(t.Context(), `SET LOCAL search_path = pg_catalog`)
-	require.NoError(t, err)
-	require.Contains(t, told(t, func(f testing.TB) { RequireAdded(f, tx, rejectKey) }), "there are 2 tables")
-	_, err = tx.Exec(t.Context(), `DROP TABLE public.outbox_notifications`)
-	require.NoError(t, err)
-	RequireAdded(t, tx, rejectKey)
-	_, err = tx.Exec(t.Context(), `DROP TABLE "a ""schema""".outbox_notifications`)
-	require.NoError(t, err)
-	require.Contains(t, told(t, func(f testing.TB) { RequireAdded(f, tx, rejectKey) }), "there is no table")
+	require.Contains(t, refused(tx), `version 1, payload {"n":1,"slot":"10:00"}, in "a ""schema""".outbox_notifications`)
+	for _, path := range []string{"public", "pg_catalog", `"a ""schema"""`} {
+		exec(tx, "SET LOCAL search_path = "+path)
+		require.Empty(t, required(tx), path)
+		require.NotEmpty(t, refused(tx), path)
+	}
+	require.Empty(t, required(InSchema(booking, tx)))
+	require.NotEmpty(t, refused(InSchema(booking, traced{tx})))
+	require.Empty(t, refused(InSchema("public", tx)))
+	require.Contains(t, required(InSchema("public", tx)), "The outbox is empty.")
+	require.Contains(t, required(InSchema("none", tx)), `there is no table outbox_notifications in schema "none"`)
+	require.Contains(t, required(InSchema("", tx)), "InSchema: no schema is named")
+	require.Contains(t, refused(InSchema("a\x00", tx)), `InSchema: the schema "a\x00" has a NUL byte`)
+	require.Contains(t, refused(InSchema("public", nil)), "is nil")
+
+	addIn(t, pool, tx, changed) // to the other one
+	text := required(tx)
+	require.Contains(t, text, "2 notifications \"reject\" booking 7 candidate 42 were added in this transaction. Say which is meant by InSchema:\n")
+	require.Contains(t, text, `"slot":"10:30"}, in public.outbox_notifications`)
+	require.Equal(t, 2, strings.Count(refused(tx), ", in "))
+	RequireAdded(t, InSchema("public", tx), rejectKey, Want{Payload: changed.Payload})
+	RequireAdded(t, InSchema(booking, tx), rejectKey, Want{Payload: reject.Payload})
+	require.NoError(t, tx.Commit(t.Context()))
+
+	// What cannot be read is no outbox of this role's, and must not abort its transaction.
+	role := fmt.Sprintf("outboxtest_reader_%d", time.Now().UnixNano())
+	exec(pool, "CREATE ROLE "+role)
+	t.Cleanup(func() {
+		_, err := pool.Exec(context.Background(), "DROP OWNED BY "+role+"; DROP ROLE "+role)
+		require.NoError(t, err)
+	})
+	exec(pool, "GRANT SELECT ON public.outbox_notifications TO "+role)
+	exec(pool, "CREATE SCHEMA python; CREATE TABLE python.outbox_notifications (id int, type text)")
+	tx = begin(t, pool)
+	exec(tx, "CREATE TEMPORARY TABLE outbox_notifications (LIKE public.outbox_notifications) ON COMMIT DROP")
+	exec(tx, "SET LOCAL ROLE "+role)
+	require.Contains(t, required(tx), "is untouched")
+	require.Contains(t, required(InSchema(booking, tx)), `there is only "a ""schema""".outbox_notifications, which the role may not read`)
+	exec(tx, "RESET ROLE")
+	require.Contains(t, required(InSchema("python", tx)), "there is only python.outbox_notifications, which is not migrated")
+	exec(tx, `DROP TABLE public.outbox_notifications, "a ""schema""".outbox_notifications, python.outbox_notifications`)
+	require.Contains(t, required(tx), "there is no table outbox_notifications")
+	exec(tx, "SELECT 1")
 }
 
 func TestDiff_is_short(t *testing.T) {
@@ -235,6 +297,10 @@ func TestArguments_are_named_where_they_are_wrong(t *testing.T) {
 	pool := NewPool(t)
 	var noPool *pgxpool.Pool
 	var noStore *outbox.PGStore
+	released, err := pool.Acquire(t.Context())
+	require.NoError(t, err)
+	released.Release()
+	store := NewStore(t, pool)
 	for name, c := range map[string]struct {
 		call    func(t testing.TB)
 		message string
@@ -244,15 +310,47 @@ func TestArguments_are_named_where_they_are_wrong(t *testing.T) {
 		"RequireNotAdded_nil":    {func(t testing.TB) { RequireNotAdded(t, noPool, rejectKey) }, "is nil (*pgxpool.Pool)"},
 		"Deliver_nil_store":      {func(t testing.TB) { Deliver(t, nil, new(Sender)) }, "store is nil"},
 		"Deliver_nil_PGStore":    {func(t testing.TB) { Deliver(t, noStore, new(Sender)) }, "store is nil"},
-		"Deliver_nil_sender":     {func(t testing.TB) { Deliver(t, NewStore(t, pool), nil) }, "sender is nil"},
+		"Deliver_nil_sender":     {func(t testing.TB) { Deliver(t, store, nil) }, "sender is nil"},
 		"Torture_nil_SenderFunc": {func(t testing.TB) { Torture(t, relay.SenderFunc(nil), TortureConfig{}) }, "sender is nil"},
 		"RequireAdded_no_type":   {func(t testing.TB) { RequireAdded(t, pool, outbox.Key{BookingID: 7}) }, "key.Type has 0 characters"},
 		"RequireNotAdded_type":   {func(t testing.TB) { RequireNotAdded(t, pool, outbox.Key{Type: strings.Repeat("ж", 51)}) }, "key.Type has 51 characters"},
+		"RequireAdded_NUL":       {func(t testing.TB) { RequireAdded(t, pool, outbox.Key{Type: "a\x00"}) }, `key.Type "a\x00" has a NUL byte`},
+		"RequireNotAdded_UTF-8":  {func(t testing.TB) { RequireNotAdded(t, pool, outbox.Key{Type: "\xff"}) }, `key.Type "\xff" is not valid UTF-8`},
+		"RequireAdded_released":  {func(t testing.TB) { RequireAdded(t, released, rejectKey) }, "Query of q, a *pgxpool.Conn, panicked: was it released, or never made?"},
+		"RequireAdded_no_Tx":     {func(t testing.TB) { RequireAdded(t, new(pgxpool.Tx), rejectKey) }, "a *pgxpool.Tx, panicked"},
+		"Want_Version":           {func(t testing.TB) { RequireAdded(t, pool, rejectKey, Want{Version: -1}) }, "Want.Version: no notification ever has -1"},
 		"Want_Status_of_no_row":  {func(t testing.TB) { RequireAdded(t, pool, rejectKey, Want{Status: "done"}) }, `Want.Status: no notification is ever "done"`},
 	} {
 		require.Contains(t, told(t, c.call), c.message, name)
 	}
-	require.PanicsWithValue(t, "outboxtest: On: answer 2 is nil", func() { new(Sender).On(outbox.Key{}, OK(""), nil) })
+	var noSender *Sender
+	var noT *testing.T
+	for message, call := range map[string]func(){
+		"outboxtest: On: answer 2 is nil":                               func() { new(Sender).On(outbox.Key{}, OK(""), nil) },
+		"outboxtest: On: the Sender is nil":                             func() { noSender.On(outbox.Key{}, OK("")) },
+		"outboxtest: Deaf: released is nil, which is never closed":      func() { Deaf(nil, OK("")) },
+		"outboxtest: Deaf: then, what it answers when released, is nil": func() { Deaf(make(chan struct{}), nil) },
+		"outboxtest: t, the test, is nil":                               func() { NewPool(noT) },
+	} {
+		require.PanicsWithValue(t, message, call)
+	}
+	for _, call := range []func(t testing.TB){
+		func(t testing.TB) { NewPool(t) },
+		func(t testing.TB) { NewStore(t, pool) },
+		func(t testing.TB) { RequireAdded(t, pool, rejectKey) },
+		func(t testing.TB) { RequireNotAdded(t, pool, rejectKey) },
+		func(t testing.TB) { Deliver(t, store, new(Sender)) },
+		func(t testing.TB) { Torture(t, new(Sender), TortureConfig{}) },
+	} {
+		require.PanicsWithValue(t, "outboxtest: t, the test, is nil", func() { call(nil) })
+	}
+
+	// A bad key costs a transaction nothing.
+	tx := begin(t, pool)
+	for _, typ := range []string{"", "a\x00", "\xff", strings.Repeat("x", 51)} {
+		require.NotEmpty(t, told(t, func(f testing.TB) { RequireNotAdded(f, tx, outbox.Key{Type: typ}) }))
+	}
+	RequireNotAdded(t, tx, rejectKey)
 	require.Contains(t, describe([]Call{{Ended: true}}), "accepted, no receipt")
 }
 

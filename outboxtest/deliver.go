@@ -35,6 +35,7 @@ type Delivery struct {
 // Other configurations, such as AtMostOnce, are had with [relay.New] and
 // [relay.Relay.RunOnce]; another relay on the same database takes part of the work.
 func Deliver(t testing.TB, store relay.Queue, sender relay.Sender) Delivery {
+	needT(t)
 	t.Helper()
 	switch {
 	case isNil(store):

@@ -61,6 +61,9 @@ func (s *script) weight() (n int) {
 //
 // Any function can be an answer; see [OK], [Error], [Hang], [Deaf] and [Panic].
 func (s *Sender) On(match outbox.Key, answers ...relay.SenderFunc) {
+	if s == nil {
+		panic("outboxtest: On: the Sender is nil")
+	}
 	if len(answers) == 0 {
 		panic("outboxtest: On: no answers")
 	}
@@ -94,6 +97,12 @@ func Hang() relay.SenderFunc {
 
 // Deaf does not heed ctx until released is closed, and then answers as then does.
 func Deaf(released <-chan struct{}, then relay.SenderFunc) relay.SenderFunc {
+	switch {
+	case released == nil:
+		panic("outboxtest: Deaf: released is nil, which is never closed")
+	case then == nil:
+		panic("outboxtest: Deaf: then, what it answers when released, is nil")
+	}
 	return func(ctx context.Context, n outbox.Notification) (string, error) {
 		<-released
 		return then(ctx, n)

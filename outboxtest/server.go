@@ -261,14 +261,27 @@ func (s *server) urlOf(name string) string {
 //   - else one of the PostgreSQL that is installed here.
 //
 // A server that was started ends by itself with the process, however that ends, and its
-// data with it; there is nothing to call in TestMain. Databases that a killed process has
-// left on the server of DATABASE_URL are dropped by the next one.
+// data with it; there is nothing to call in TestMain. (Of an installed one a /bin/sh sees to
+// it, without which none is started. Where that is killed too, as by a kill -9 of the
+// whole process group elsewhere than on Linux, the server stays.) Databases that a killed
+// process has left on the server of DATABASE_URL are dropped by the next one.
+//
+// The outbox is in the schema public. A service that is configured with an
+// [outbox.Config].Schema has a store of its own migrate that one in the test:
+//
+//	pool := outboxtest.NewPool(t)
+//	store, err := outbox.NewPGStore(pool, outbox.Config{Schema: "booking"})
+//	...
+//	err = store.Migrate(t.Context())
+//
+// and gives that store to [Deliver], in place of one of [NewStore]. The assertions look into both.
 //
 // Migrations of your own run on the pool like on any other. The test fails, it is not
 // skipped, if there is no server. Connections that are still in use at the test's end,
 // of a transaction that was not ended or rows that were not closed, fail it too, with the
 // place where they were acquired.
 func NewPool(t testing.TB) *pgxpool.Pool {
+	needT(t)
 	t.Helper()
 	s, err := shared()
 	if err != nil {

@@ -10,8 +10,9 @@ import (
 	"github.com/seed3357934d/outbox"
 )
 
-// NewStore returns a store on the pool, whose log goes to the test's.
+// NewStore returns a store on the pool, in the schema public, whose log goes to the test's.
 func NewStore(t testing.TB, pool *pgxpool.Pool) *outbox.PGStore {
+	needT(t)
 	t.Helper()
 	store, err := outbox.NewPGStore(pool, outbox.Config{Logger: logger(t)})
 	if err != nil {

@@ -92,6 +92,7 @@ const (
 // which a sender that does not accept draws out to half a minute: 7 to 15 seconds by default
 // where all is well, up to a minute where not. One that passes logs one paragraph.
 func Torture(t testing.TB, sender relay.Sender, cfg TortureConfig) {
+	needT(t)
 	t.Helper()
 	tt := newTorture(t, sender, cfg)
 	t.Logf("outboxtest: Torture with seed %d", tt.Seed)
