@@ -181,6 +181,36 @@ func TestNewPool(t *testing.T) {
 		require.Error(t, err)
 		require.Contains(t, string(out), "outboxtest: no database: the server of DATABASE_URL: ")
 	})
+
+	t.Run("says_that_DATABASE_URL_is_of_another_kind", func(t *testing.T) {
+		t.Parallel()
+		out, err := user(t, "exit", "DATABASE_URL=mysql://root:secret@127.0.0.1/x").Output()
+		require.Error(t, err)
+		require.Contains(t, string(out), `DATABASE_URL is a URL of "mysql" and not of PostgreSQL: unset it`)
+		require.NotContains(t, string(out), "secret")
+	})
+
+	t.Run("says_that_the_role_may_not_create_databases", func(t *testing.T) {
+		t.Parallel()
+		s, err := shared()
+		require.NoError(t, err)
+		conn, err := pgx.Connect(t.Context(), s.url)
+		require.NoError(t, err)
+		defer conn.Close(context.Background())
+		role := fmt.Sprintf("outboxtest_role_%d", time.Now().UnixNano())
+		_, err = conn.Exec(t.Context(), "CREATE ROLE "+role+" LOGIN")
+		require.NoError(t, err)
+		defer func() {
+			_, err := conn.Exec(context.Background(), "DROP ROLE "+role)
+			require.NoError(t, err)
+		}()
+		u, err := url.Parse(s.url)
+		require.NoError(t, err)
+		u.User = url.User(role)
+		out, err := user(t, "exit", urlVariable+"="+u.String()).Output()
+		require.Error(t, err)
+		require.Contains(t, string(out), fmt.Sprintf(`the server of DATABASE_URL: the role %[1]q may not create databases: run ALTER ROLE "%[1]s" CREATEDB`, role))
+	})
 }
 
 func TestNewPool_says_what_helps_where_there_is_no_server(t *testing.T) {

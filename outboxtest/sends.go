@@ -238,6 +238,10 @@ func (ss *sends) judge() (records []ledger.Record) {
 		}
 		n := of[v][0].n
 		times := ss.Accepted(n)
+		if times < 0 {
+			ss.complaints.add("bad Accepted", "it has returned %d for %v, version %d", times, n.Key(), n.Version)
+			continue
+		}
 		extra := times - said[succeeded]
 		switch {
 		case times == 0 && said[succeeded] > 0:

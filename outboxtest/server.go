@@ -60,6 +60,9 @@ var running atomic.Pointer[server]
 
 func start(ctx context.Context, dsn string, opts pgserver.Options) (_ *server, err error) {
 	s := &server{url: dsn}
+	if scheme, _, ok := strings.Cut(dsn, "://"); ok && !strings.ContainsAny(scheme, "= ") && scheme != "postgres" && scheme != "postgresql" {
+		return nil, fmt.Errorf("%s is a URL of %q and not of PostgreSQL: unset it to have a server started, or have it begin with postgres://", urlVariable, scheme)
+	}
 	if dsn == "" {
 		opts.Lifeline, opts.Settings = true, map[string]string{"max_connections": "500"}
 		opts.Logf = func(format string, args ...any) { fmt.Fprintf(os.Stderr, "outboxtest: "+format+"\n", args...) }
@@ -190,7 +193,7 @@ func (s *server) makeTemplate(ctx context.Context) error {
 	}
 	name := s.prefix + "template"
 	if _, err := s.claim.Exec(ctx, "CREATE DATABASE "+name); err != nil {
-		return err
+		return s.refused(err)
 	}
 	if err := migrate(ctx, s.urlOf(name)); err != nil {
 		return err
@@ -219,7 +222,18 @@ func migrate(ctx context.Context, dsn string) error {
 // create makes a database, and drop drops it, whoever is connected to it.
 func (s *server) create(ctx context.Context) (name string, err error) {
 	name = fmt.Sprintf("%s%d", s.prefix, s.made.Add(1))
-	return name, s.exec(ctx, "CREATE DATABASE "+name+" TEMPLATE "+s.template)
+	return name, s.refused(s.exec(ctx, "CREATE DATABASE "+name+" TEMPLATE "+s.template))
+}
+
+// refused says what helps where a database may not be created.
+func (s *server) refused(err error) error {
+	var pg *pgconn.PgError
+	if errors.As(err, &pg) && pg.Code == "42501" {
+		role := s.claim.Config().User
+		return fmt.Errorf("the role %q may not create databases: run ALTER ROLE %s CREATEDB, or unset %s to have a server started: %w",
+			role, pgx.Identifier{role}.Sanitize(), urlVariable, err)
+	}
+	return err
 }
 
 func (s *server) drop(ctx context.Context, name string) error {
@@ -263,7 +277,7 @@ func (s *server) urlOf(name string) string {
 // A server that was started ends by itself with the process, however that ends, and its
 // data with it; there is nothing to call in TestMain. (Of an installed one a /bin/sh sees to
 // it, without which none is started. Where that is killed too, as by a kill -9 of the
-// whole process group elsewhere than on Linux, the server stays.) Databases that a killed
+// whole process group elsewhere than on Linux, its data stays.) Databases that a killed
 // process has left on the server of DATABASE_URL are dropped by the next one.
 //
 // The outbox is in the schema public. A service that is configured with an

@@ -48,10 +48,10 @@ type TortureConfig struct {
 	Notification func(i int, r *rand.Rand) outbox.NewNotification
 
 	// Accepted returns how often the provider, or what stands for it, has accepted n, in
-	// that version. It is asked about all that was given to Send, when all is over. Without
-	// it a Send that returns nil counts as accepted, and one that returns an error does
-	// not: a sender that swallows messages, or reports errors for what was accepted, is not
-	// found out.
+	// that version; never a negative number. It is asked about all that was given to Send,
+	// when all is over. Without it a Send that returns nil counts as accepted, and one that
+	// returns an error does not: a sender that swallows messages, or reports errors for what
+	// was accepted, is not found out, and the log says so.
 	Accepted func(n outbox.Notification) int
 
 	// Delivery and SendTimeout are those of the relays, and of your own, preferably.
@@ -86,11 +86,24 @@ const (
 //
 // It reports, by t.Errorf, with the seed: what was lost, what was sent twice, an add that
 // failed as no fault explains, a Send that has not returned 2 s after its ctx had ended,
-// panics, and receipts that PostgreSQL cannot keep; and a run that proved nothing, because nothing was accepted, or hardly a fault
-// struck. That the sender is safe for concurrent use is for -race to say. A run
-// takes up to three times Duration and then as long as it takes to deliver what is left,
-// which a sender that does not accept draws out to half a minute: 7 to 15 seconds by default
-// where all is well, up to a minute where not. One that passes logs one paragraph.
+// panics, and receipts that PostgreSQL cannot keep; and a run that proved nothing, because
+// nothing was accepted, or hardly a fault struck.
+//
+// What it cannot find:
+//
+//   - without [TortureConfig].Accepted, whether the provider has what Send says it has;
+//   - what Accepted does not tell: the wrong text, the wrong person;
+//   - a receipt that is another message's: many providers number the messages of each chat,
+//     and a constant is a receipt, too;
+//   - a goroutine of the sender that goes on after Send has returned, if what it does
+//     is accepted in the end;
+//   - a ctx that is not heeded, where the provider answers within 2 s after its end: have
+//     what stands for the provider hang now and then;
+//   - data races, which are for -race to find.
+//
+// A run takes up to three times Duration and then as long as it takes to deliver what is
+// left, which a sender that does not accept draws out to half a minute: 7 to 15 seconds by
+// default where all is well, up to a minute where not. One that passes logs one paragraph.
 func Torture(t testing.TB, sender relay.Sender, cfg TortureConfig) {
 	needT(t)
 	t.Helper()
@@ -137,10 +150,12 @@ func newTorture(t testing.TB, sender relay.Sender, cfg TortureConfig) *torture {
 	switch {
 	case noSender(sender):
 		t.Fatalf("outboxtest: Torture: sender is nil")
-	case cfg.Duration < 0 || cfg.SendTimeout < 0 || cfg.SendTimeout > 10*time.Second:
-		t.Fatalf("outboxtest: Torture: Duration %v or SendTimeout %v is out of range", cfg.Duration, cfg.SendTimeout)
+	case cfg.Duration < 0:
+		t.Fatalf("outboxtest: Torture: Duration %v is negative", cfg.Duration)
+	case cfg.SendTimeout < 0 || cfg.SendTimeout > 10*time.Second:
+		t.Fatalf("outboxtest: Torture: SendTimeout %v is not between 0 and 10s", cfg.SendTimeout)
 	case cfg.Delivery != relay.AtLeastOnce && cfg.Delivery != relay.AtMostOnce:
-		t.Fatalf("outboxtest: Torture: Delivery %d is none", cfg.Delivery)
+		t.Fatalf("outboxtest: Torture: Delivery %d is neither AtLeastOnce nor AtMostOnce", cfg.Delivery)
 	}
 	if cfg.Notification == nil {
 		cfg.Notification = func(i int, r *rand.Rand) outbox.NewNotification {
@@ -533,9 +548,13 @@ func (tt *torture) report(t testing.TB) {
 		for _, kind := range slices.Sorted(maps.Keys(tt.faults)) {
 			kinds = append(kinds, fmt.Sprintf("%s %d", kind, tt.faults[kind]))
 		}
+		lost := "nothing lost"
+		if tt.Accepted == nil {
+			lost = "nothing lost by what Send has returned; whether the provider has it was not checked, as TortureConfig.Accepted was not given"
+		}
 		t.Logf("outboxtest: Torture with seed %d: %d adds of %d keys were committed, %d messages accepted, of them %d twice as a fault explains and %d as they were requeued; "+
-			"%d rows were sent and %d failed, %d stale settles refused, nothing lost. %d faults: %s.",
-			tt.Seed, v.Adds, len(h.Rows), v.Accepted, v.DuplicatesAllowed, v.DuplicatesOnPurpose, v.Sent, v.Failed, v.StaleRefused, tt.injected(), strings.Join(kinds, ", "))
+			"%d rows were sent and %d failed, %d stale settles refused, %s. %d faults: %s.",
+			tt.Seed, v.Adds, len(h.Rows), v.Accepted, v.DuplicatesAllowed, v.DuplicatesOnPurpose, v.Sent, v.Failed, v.StaleRefused, lost, tt.injected(), strings.Join(kinds, ", "))
 		return
 	}
 	t.Errorf("outboxtest: Torture with seed %d:%v", tt.Seed, wrong)

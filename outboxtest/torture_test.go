@@ -62,11 +62,33 @@ func TestTorture_passes_a_good_sender(t *testing.T) {
 			}
 			t.Log(f.log.String())
 			require.False(t, f.failed)
-			for _, what := range []string{" died ", " froze ", "connections cut", "nothing lost"} {
+			for _, what := range []string{" died ", " froze ", "connections cut", "nothing lost. "} {
 				require.Contains(t, f.log.String(), what)
 			}
+			require.NotContains(t, f.log.String(), "was not checked")
 		})
 	}
+}
+
+func TestTorture_says_what_it_has_not_checked(t *testing.T) {
+	t.Parallel()
+	var p provider
+	f := &fakeTB{TB: t, ctx: t.Context()}
+	Torture(f, &p, TortureConfig{Seed: 9, Duration: time.Second})
+	for _, fn := range slices.Backward(f.cleanups) {
+		fn()
+	}
+	require.False(t, f.failed, f.log.String())
+	require.Contains(t, f.log.String(), "whether the provider has it was not checked, as TortureConfig.Accepted was not given")
+}
+
+func TestTorture_refuses_counts_that_are_none(t *testing.T) {
+	t.Parallel()
+	var p provider
+	text := told(t, func(f testing.TB) {
+		Torture(f, &p, TortureConfig{Seed: 10, Duration: time.Second, Accepted: func(n outbox.Notification) int { return -p.count(n) }})
+	})
+	require.Contains(t, text, `bad Accepted: it has returned -1 for "torture" booking `)
 }
 
 // asked is a provider that can be asked.
