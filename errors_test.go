@@ -11,6 +11,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/seed3357934d/outbox"
+	"github.com/seed3357934d/outbox/internal/pgserver"
 	"github.com/seed3357934d/outbox/internal/pgtest"
 )
 
@@ -271,21 +272,174 @@ func TestDeadlocks(t *testing.T) {
 // TestTerminated has a waiting call lose its connection.
 func TestTerminated(t *testing.T) {
 	t.Parallel()
-	db := pgtest.NewDB(t)
-	held := db.MustBegin(t)
-	_, err := db.Store.AddNotification(t.Context(), held, rejected)
-	require.NoError(t, err)
-	tx := db.MustBegin(t)
-	pid := tx.Conn().PgConn().PID()
-	waiting := pgtest.Later(func() (outbox.AddResult, error) { return db.Store.AddNotification(t.Context(), tx, rejected) })
-	db.WaitBlocked(t, 1)
-	require.True(t, pgtest.One[bool](t, db, "SELECT pg_terminate_backend($1::int)", pid))
-	_, err = pgtest.Await(t, waiting)
-	require.Equal(t, "57P01", sqlState(t, err))
-	require.ErrorContains(t, err, `outbox: add notification "reject" booking 7 candidate 42: `)
-	require.NotErrorIs(t, err, outbox.ErrSetup)
-	require.False(t, outbox.IsRetryable(err), "whether a commit took effect is not known in general")
-	require.Error(t, tx.Commit(t.Context()))
-	require.NoError(t, held.Commit(t.Context()))
-	require.Equal(t, 1, db.Count(t))
+	for name, c := range map[string]struct {
+		operation string
+		add       func(ctx context.Context, s *outbox.PGStore, tx pgx.Tx) error
+	}{
+		"one": {`outbox: add notification "reject" booking 7 candidate 42: `, func(ctx context.Context, s *outbox.PGStore, tx pgx.Tx) error {
+			_, err := s.AddNotification(ctx, tx, rejected)
+			return err
+		}},
+		"many": {"outbox: add notifications: ", func(ctx context.Context, s *outbox.PGStore, tx pgx.Tx) error {
+			_, err := s.AddNotifications(ctx, tx, []outbox.NewNotification{rejected, {Type: "other"}})
+			return err
+		}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			db := pgtest.NewDB(t)
+			held := db.MustBegin(t)
+			_, err := db.Store.AddNotification(t.Context(), held, rejected)
+			require.NoError(t, err)
+			tx := db.MustBegin(t)
+			pid := tx.Conn().PgConn().PID()
+			waiting := pgtest.Later(func() (struct{}, error) { return struct{}{}, c.add(t.Context(), db.Store, tx) })
+			db.WaitBlocked(t, 1)
+			require.True(t, pgtest.One[bool](t, db, "SELECT pg_terminate_backend($1::int)", pid))
+			_, err = pgtest.Await(t, waiting)
+			require.Equal(t, "57P01", sqlState(t, err))
+			require.ErrorContains(t, err, c.operation)
+			require.ErrorContains(t, err, "an administrator ended the connection: ")
+			require.NotErrorIs(t, err, outbox.ErrSetup)
+			require.False(t, outbox.IsRetryable(err), "whether a commit took effect is not known in general")
+			require.Error(t, tx.Commit(t.Context()))
+			require.NoError(t, held.Commit(t.Context()))
+			require.Equal(t, 1, db.Count(t))
+		})
+	}
+}
+
+// TestOldSchema has calls meet a table that lacks what a migration brings.
+func TestOldSchema(t *testing.T) {
+	t.Parallel()
+	type call = func(ctx context.Context, s *outbox.PGStore, tx pgx.Tx) error
+	adds := map[string]call{
+		"add notification": func(ctx context.Context, s *outbox.PGStore, tx pgx.Tx) error {
+			_, err := s.AddNotification(ctx, tx, rejected)
+			return err
+		},
+		"add notifications": func(ctx context.Context, s *outbox.PGStore, tx pgx.Tx) error {
+			_, err := s.AddNotifications(ctx, tx, []outbox.NewNotification{rejected, {Type: "other"}})
+			return err
+		},
+	}
+	lease := outbox.Lease{ID: 1, Token: outbox.NewToken()}
+	others := map[string]call{
+		"claim": func(ctx context.Context, s *outbox.PGStore, _ pgx.Tx) error {
+			_, err := s.Claim(ctx, outbox.ClaimOptions{Limit: 1, Lease: time.Hour})
+			return err
+		},
+		"extend leases": func(ctx context.Context, s *outbox.PGStore, _ pgx.Tx) error {
+			_, err := s.Extend(ctx, []outbox.Lease{lease}, time.Hour)
+			return err
+		},
+		"settle": func(ctx context.Context, s *outbox.PGStore, _ pgx.Tx) error {
+			_, err := s.Settle(ctx, []outbox.Settlement{{Lease: lease, Verdict: outbox.Delivered}})
+			return err
+		},
+		"requeue": func(ctx context.Context, s *outbox.PGStore, _ pgx.Tx) error {
+			_, err := s.Requeue(ctx, rejected.Key())
+			return err
+		},
+		"purge": func(ctx context.Context, s *outbox.PGStore, _ pgx.Tx) error {
+			_, err := s.Purge(ctx, outbox.PurgeOptions{OlderThan: time.Hour})
+			return err
+		},
+		"get": func(ctx context.Context, s *outbox.PGStore, _ pgx.Tx) error {
+			_, err := s.Get(ctx, rejected.Key())
+			return err
+		},
+		"list": func(ctx context.Context, s *outbox.PGStore, _ pgx.Tx) error {
+			_, err := s.List(ctx, outbox.Filter{})
+			return err
+		},
+		"stats": func(ctx context.Context, s *outbox.PGStore, _ pgx.Tx) error {
+			_, err := s.Stats(ctx)
+			return err
+		},
+	}
+	meets := func(t *testing.T, db *pgtest.DB, code string, calls ...map[string]call) {
+		t.Helper()
+		for _, of := range calls {
+			for operation, do := range of {
+				tx := db.MustBegin(t)
+				err := do(t.Context(), db.Store, tx)
+				require.Error(t, err, operation)
+				require.Equal(t, code, sqlState(t, err), operation)
+				require.ErrorIs(t, err, outbox.ErrSetup)
+				require.ErrorContains(t, err, "outbox: "+operation)
+				require.ErrorContains(t, err, `the table "public"."outbox_notifications" is not migrated, run Migrate first: `)
+				require.False(t, outbox.IsRetryable(err))
+				require.NoError(t, tx.Rollback(t.Context()))
+			}
+		}
+	}
+	t.Run("42703_the_columns_of_this_library_are_missing", func(t *testing.T) {
+		t.Parallel()
+		db := pgtest.NewEmptyDB(t)
+		db.MustExec(t, pythonTable, pgx.QueryExecModeSimpleProtocol)
+		meets(t, db, "42703", adds, others)
+		require.NoError(t, db.Store.Migrate(t.Context()))
+		db.Add(t, rejected)
+	})
+	t.Run("42P10_the_unique_index_of_the_key_is_missing", func(t *testing.T) {
+		t.Parallel()
+		db := pgtest.NewDB(t)
+		db.MustExec(t, "ALTER TABLE outbox_notifications DROP CONSTRAINT "+pgtest.One[string](t, db,
+			"SELECT conname FROM pg_constraint WHERE conrelid = 'outbox_notifications'::regclass AND contype = 'u'"))
+		for guess := range outbox.Guesses {
+			db.Store.AlwaysGuess(guess)
+			meets(t, db, "42P10", adds)
+		}
+	})
+}
+
+// TestFull has a server of its own that has no connection left.
+func TestFull(t *testing.T) {
+	t.Parallel()
+	_, db := pgtest.StartServerWith(t, func(o *pgserver.Options) {
+		o.Settings["max_connections"], o.Settings["superuser_reserved_connections"] = "5", "0"
+	})
+	db.Add(t, rejected)
+	db.Reset()
+	var others []*pgx.Conn
+	t.Cleanup(func() {
+		for _, conn := range others {
+			_ = conn.Close(context.Background())
+		}
+	})
+	require.Eventually(t, func() bool { // those of the pool may be closing
+		conn, err := pgx.Connect(t.Context(), db.URL)
+		if err == nil {
+			others = append(others, conn)
+		}
+		return len(others) == 5
+	}, time.Minute, time.Millisecond)
+
+	_, err := db.Begin(t.Context())
+	require.Equal(t, "53300", sqlState(t, err), "no add comes to be called")
+	calls := map[string]func() error{
+		"claim": func() error {
+			_, err := db.Store.Claim(t.Context(), outbox.ClaimOptions{Limit: 1, Lease: time.Hour})
+			return err
+		},
+		"get":     func() error { _, err := db.Store.Get(t.Context(), rejected.Key()); return err },
+		"stats":   func() error { _, err := db.Store.Stats(t.Context()); return err },
+		"requeue": func() error { _, err := db.Store.Requeue(t.Context(), rejected.Key()); return err },
+	}
+	for operation, call := range calls {
+		err := call()
+		require.Error(t, err, operation)
+		require.Equal(t, "53300", sqlState(t, err), operation)
+		require.ErrorContains(t, err, "outbox: "+operation)
+		require.ErrorContains(t, err, "has no connection left: ")
+		require.ErrorContains(t, err, "too many clients already")
+		require.NotErrorIs(t, err, outbox.ErrSetup)
+		require.False(t, outbox.IsRetryable(err))
+	}
+	require.NoError(t, others[0].Close(t.Context()))
+	require.Eventually(t, func() bool { // as soon as the server has noticed
+		_, err := db.Store.Get(t.Context(), rejected.Key())
+		return err == nil
+	}, time.Minute, time.Millisecond)
 }

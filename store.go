@@ -18,10 +18,14 @@ import (
 //
 //   - bad input: errors.Is [ErrInvalid], found before any SQL; tx goes on as if
 //     the call had not been made.
-//   - any other error comes from the connection or from PostgreSQL and leaves
-//     tx aborted, as PostgreSQL does after any error: roll it back. The
-//     [github.com/jackc/pgx/v5/pgconn.PgError] is found by errors.As. When
-//     [IsRetryable], run the whole transaction again ([RunInTx] does).
+//   - any other error is a reason to roll tx back. An error of PostgreSQL's, found
+//     by errors.As as a [github.com/jackc/pgx/v5/pgconn.PgError], leaves tx aborted,
+//     one of the connection may leave it without one. When [IsRetryable], run the
+//     whole transaction again ([RunInTx] does). Two leave tx usable: a row that could
+//     neither be found nor made in several tries, as a policy or a trigger on the table
+//     suppresses it (a batch may have added others by then), and what pgx refuses to
+//     send, in its simple protocol mode with standard_conforming_strings off or an
+//     encoding of the client that is not UTF8.
 //   - a duplicate is not an error: no call returns a unique violation of the
 //     key (23505), however many rivals add the same key at once. (PostgreSQL does
 //     not hold to that while an index of the table is built CONCURRENTLY.)
