@@ -283,6 +283,11 @@ func TestRoles(t *testing.T) {
 	})
 }
 
+func describeRows(t testing.TB, db *pgtest.DB) string {
+	t.Helper()
+	return pgtest.One[string](t, db, "SELECT string_agg(o::text, E'\n' ORDER BY id) FROM outbox_notifications AS o")
+}
+
 // TestRowSecurity has policies on the table.
 func TestRowSecurity(t *testing.T) {
 	t.Parallel()
@@ -328,6 +333,102 @@ func TestRowSecurity(t *testing.T) {
 		require.NoError(t, err)
 		require.EqualValues(t, 1, stats.Sent)
 		require.Zero(t, stats.Failed, "one is hidden")
+	})
+
+	t.Run("what_operates_is_about_the_rows_of_the_role", func(t *testing.T) {
+		t.Parallel()
+		db, own, pool, role := secured(t, ofTenant)
+		db.MustExec(t, "GRANT DELETE ON outbox_notifications TO "+role)
+		for _, status := range []outbox.Status{outbox.StatusPending, outbox.StatusSent, outbox.StatusFailed} {
+			db.Add(t, outbox.NewNotification{Type: "mine " + string(status), Payload: 1})
+			db.MustExec(t, "UPDATE outbox_notifications SET status = $1 WHERE type = $2", status, "mine "+string(status))
+		}
+		db.MustExec(t, "UPDATE outbox_notifications SET sent_at = now() - interval '1 day' WHERE status = 'sent'")
+		list, err := own.List(t.Context(), outbox.Filter{})
+		require.NoError(t, err)
+		require.Len(t, list, 3)
+		all, err := db.Store.Claim(t.Context(), outbox.ClaimOptions{Limit: 10, Lease: time.Hour})
+		require.NoError(t, err)
+		require.Len(t, all.Claimed, 2, "one of them is hidden from the role")
+		extended, err := own.Extend(t.Context(), []outbox.Lease{all.Claimed[0].Lease, all.Claimed[1].Lease}, time.Hour)
+		require.NoError(t, err)
+		require.Equal(t, []outbox.LeaseResult{outbox.LeaseStale, outbox.LeaseDone}, extended)
+
+		purged, err := own.Purge(t.Context(), outbox.PurgeOptions{OlderThan: time.Hour, Delete: true})
+		require.NoError(t, err)
+		require.EqualValues(t, 1, purged)
+		n, err := own.Requeue(t.Context(), outbox.Key{Type: "sent"}, outbox.Key{Type: "mine failed"})
+		require.NoError(t, err)
+		require.Equal(t, 1, n)
+		require.Equal(t, outbox.StatusSent, db.Get(t, outbox.Key{Type: "sent"}).Status)
+		db.MustExec(t, "UPDATE outbox_notifications SET status = 'failed' WHERE type = 'mine failed'")
+		matching, err := own.RequeueMatching(t.Context(), outbox.Filter{Status: outbox.StatusFailed})
+		require.NoError(t, err)
+		require.Len(t, matching, 1)
+		require.Equal(t, outbox.StatusFailed, db.Get(t, outbox.Key{Type: "failed"}).Status)
+		require.NoError(t, pgx.BeginFunc(t.Context(), pool, func(tx pgx.Tx) error {
+			_, err := own.AddNotification(t.Context(), tx, outbox.NewNotification{Type: "mine sent"})
+			return err
+		}), "the purged one is forgotten")
+	})
+
+	// SELECT ... FOR UPDATE takes rows that both kinds of policies cover, and passes over others
+	// without a word.
+	t.Run("rows_that_are_shown_and_cannot_be_locked_are_passed_over", func(t *testing.T) {
+		t.Parallel()
+		db, own, pool, role := secured(t, "CREATE POLICY shown ON outbox_notifications FOR SELECT USING (true); CREATE POLICY made ON outbox_notifications FOR INSERT WITH CHECK (true)")
+		db.MustExec(t, "GRANT DELETE ON outbox_notifications TO "+role)
+		db.MustExec(t, "UPDATE outbox_notifications SET sent_at = now() - interval '1 day', payload_json = '{\"a\": 1}' WHERE status = 'sent'")
+		before := describeRows(t, db)
+		tx := pgtest.Begin(t, pool, pgx.TxOptions{})
+		for guess := range outbox.Guesses {
+			own.AlwaysGuess(guess)
+			for _, typ := range []string{"add", "sent", "failed"} {
+				_, err := own.AddNotification(t.Context(), tx, outbox.NewNotification{Type: typ, CorrelationID: "new"})
+				require.ErrorContains(t, err, "a trigger or a policy on the table suppressed it")
+			}
+			_, err := own.AddNotification(t.Context(), tx, outbox.NewNotification{Type: "new" + itoa(guess)})
+			require.NoError(t, err, "the transaction goes on")
+		}
+		_, err := own.AddNotifications(t.Context(), tx, []outbox.NewNotification{{Type: "add", CorrelationID: "new"}})
+		if err == nil || !strings.Contains(err.Error(), "suppressed it") { // as PostgreSQL 18 has it
+			require.Equal(t, "42501", sqlState(t, err))
+			require.ErrorIs(t, err, outbox.ErrSetup)
+		}
+		require.NoError(t, tx.Rollback(t.Context()))
+
+		list, err := own.List(t.Context(), outbox.Filter{})
+		require.NoError(t, err)
+		require.Len(t, list, 3)
+		stats, err := own.Stats(t.Context())
+		require.NoError(t, err)
+		require.EqualValues(t, 1, stats.Pending)
+		claim, err := own.Claim(t.Context(), outbox.ClaimOptions{Limit: 10, Lease: time.Hour})
+		require.NoError(t, err)
+		require.Empty(t, claim.Claimed)
+		n, err := own.Requeue(t.Context(), outbox.Key{Type: "sent"}, outbox.Key{Type: "failed"})
+		require.NoError(t, err)
+		require.Zero(t, n)
+		matching, err := own.RequeueMatching(t.Context(), outbox.Filter{Status: outbox.StatusFailed})
+		require.NoError(t, err)
+		require.Empty(t, matching)
+		for _, remove := range []bool{false, true} {
+			purged, err := own.Purge(t.Context(), outbox.PurgeOptions{OlderThan: time.Hour, Delete: remove})
+			require.NoError(t, err)
+			require.Zero(t, purged)
+		}
+		require.Equal(t, before, describeRows(t, db))
+
+		theirs, err := db.Store.Claim(t.Context(), outbox.ClaimOptions{Limit: 1, Lease: time.Hour})
+		require.NoError(t, err)
+		lease := theirs.Claimed[0].Lease
+		held := []outbox.LeaseResult{outbox.LeaseHeld}
+		extended, err := own.Extend(t.Context(), []outbox.Lease{lease}, time.Hour)
+		require.NoError(t, err)
+		require.Equal(t, held, extended, "as a row that somebody holds locked")
+		settled, err := own.Settle(t.Context(), []outbox.Settlement{{Lease: lease, Verdict: outbox.Delivered}})
+		require.NoError(t, err)
+		require.Equal(t, held, settled)
 	})
 
 	for guess := range outbox.Guesses {

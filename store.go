@@ -20,7 +20,7 @@ import (
 //     the call had not been made.
 //   - any other error is a reason to roll tx back. An error of PostgreSQL's, found
 //     by errors.As as a [github.com/jackc/pgx/v5/pgconn.PgError], leaves tx aborted,
-//     one of the connection may leave it without one. When [IsRetryable], run the
+//     and when the connection breaks tx is gone. When [IsRetryable], run the
 //     whole transaction again ([RunInTx] does). Two leave tx usable: a row that could
 //     neither be found nor made in several tries, as a policy or a trigger on the table
 //     suppresses it (a batch may have added others by then), and what pgx refuses to
