@@ -451,3 +451,40 @@ func TestSQLIsData(t *testing.T) {
 		}
 	}
 }
+
+// TestAnotherService has the README's warnings of one that writes to the table, too.
+func TestAnotherService(t *testing.T) {
+	t.Parallel()
+	t.Run("loses_a_change_during_a_delivery_unless_it_raises_the_version", func(t *testing.T) {
+		t.Parallel()
+		for raise, want := range map[string]outbox.Status{"": outbox.StatusSent, ", version = version + 1": outbox.StatusPending} {
+			db := pgtest.NewEmptyDB(t)
+			db.MustExec(t, pythonTable, pgx.QueryExecModeSimpleProtocol)
+			require.NoError(t, db.Store.Migrate(t.Context()))
+			db.Add(t, rejected)
+			res, err := db.Store.Claim(t.Context(), outbox.ClaimOptions{Limit: 1, Lease: time.Hour})
+			require.NoError(t, err)
+			db.MustExec(t, `UPDATE outbox_notifications SET payload_json = '{"slot": "11:00"}', attempts = 0, locked_at = NULL`+raise)
+			_, err = db.Store.Settle(t.Context(), []outbox.Settlement{{Lease: res.Claimed[0].Lease, Verdict: outbox.Delivered}})
+			require.NoError(t, err)
+			require.Equal(t, want, db.Get(t, rejected.Key()).Status, raise)
+		}
+	})
+	t.Run("cannot_delete_bookings_whose_foreign_key_is_set_null", func(t *testing.T) {
+		t.Parallel()
+		for action, fails := range map[string]bool{"SET NULL": true, "CASCADE": false} {
+			db := pgtest.NewEmptyDB(t)
+			db.MustExec(t, strings.Replace(pythonTable, "ON DELETE CASCADE", "ON DELETE "+action, 1), pgx.QueryExecModeSimpleProtocol)
+			require.NoError(t, db.Store.Migrate(t.Context()))
+			for _, booking := range []int64{1, 2} {
+				db.Add(t, outbox.NewNotification{Type: "reject", BookingID: booking, CandidateTgID: 42})
+			}
+			_, err := db.Exec(t.Context(), "DELETE FROM bookings WHERE id <= 2")
+			if !fails {
+				require.NoError(t, err, action)
+				continue
+			}
+			require.Equal(t, "23505", sqlState(t, err), action)
+		}
+	})
+}

@@ -40,8 +40,13 @@ const (
 	AtLeastOnce Delivery = iota
 
 	// AtMostOnce fails it with "outcome unknown", for an operator: it may not go
-	// out at all. An error of Send that is no timeout counts as not delivered, so a
-	// sender must mark by [Unknown] what leaves that open, such as a broken connection.
+	// out at all.
+	//
+	// Once at most is the sender's part, too. An error of Send that is no timeout counts
+	// as not delivered and is tried again, also a broken connection: ECONNRESET, EPIPE,
+	// io.EOF and io.ErrUnexpectedEOF, as net/http returns them. The provider may have
+	// accepted the message, and the next attempt is its second copy. A sender must return
+	// [Unknown] for every error that has come after it began to write the request.
 	AtMostOnce
 )
 

@@ -20,7 +20,8 @@ type Sender interface {
 	//
 	// Any error is a failed attempt, to be repeated by [Config].Backoff, unless it
 	// holds one made by [Permanent], [RetryAfter] or [Unknown], however wrapped or
-	// joined. A panic and runtime.Goexit fail the attempt too, and only this one. What
+	// joined. Its text is kept in the row and logged: an error of net/http holds the URL,
+	// and with it the token of a provider that has one there. A panic and runtime.Goexit fail the attempt too, and only this one. What
 	// was cut off by the end of the relay is no failed attempt: another relay tries it.
 	//
 	// ctx ends after [Config].SendTimeout, and when a relay that shuts down can wait
@@ -94,7 +95,8 @@ func (e *retryAfterError) Unwrap() error { return e.err }
 
 // Unknown says that err leaves open whether the provider has accepted the message, as
 // when the connection broke after the request was written. A timeout and a panic
-// count as such without it; any other error says that the message was not delivered.
+// count as such without it; any other error says that the message was not delivered,
+// ECONNRESET, EPIPE, io.EOF and io.ErrUnexpectedEOF among them: wrap these.
 // AtLeastOnce tries again, and a [Reconciler] is asked first; AtMostOnce without one
 // fails the row. Unknown(nil) is nil.
 func Unknown(err error) error {
