@@ -22,9 +22,9 @@
 //
 // [NewPool] needs no TestMain, no set-up beside Docker or an installed PostgreSQL, and
 // leaves nothing behind. [RequireAdded] and [RequireNotAdded] look into a transaction that
-// is still open, or at what is committed. [Sender] stands for a provider, and [Deliver] for
-// a relay, one step at a time. [Torture] tries your real sender, with a fake provider behind
-// it, under faults.
+// is still open, or at what is committed, in every schema or, with [InSchema], in one.
+// [Sender] stands for a provider, and [Deliver] for a relay, one step at a time. [Torture]
+// tries your real sender, with a fake provider behind it, under faults.
 //
 // All of it is safe for parallel tests. What ends a test, such as RequireAdded, has to be
 // called by the goroutine that runs it.

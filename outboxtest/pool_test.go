@@ -33,12 +33,16 @@ import (
 //	databases of all processes dropped        TestDatabaseURL
 //	a pool is closed without a time limit     TestNewPool/a_connection_..., hangs
 //	every row counts as written               TestRequireAdded_is_about_this_transaction
+//	one outbox of several is looked into      TestRequireAdded_looks_into_every_schema
+//	what the role may not read is looked into TestRequireAdded_looks_into_every_schema
+//	a wrapped transaction counts as none      TestRequireAdded_is_about_this_transaction
 //	savepoints are not looked through         TestRequireAdded_is_about_this_transaction/created_in_a_savepoint
 //	numbers compared by their spelling        TestRequireAdded_compares
 //	retries settled at once                   TestDeliver
 //	the first of several matches counts       TestSender/answers_...
 //	Torture does not record its faults        TestTorture_passes_a_good_sender/AtLeastOnce
 //	Torture does not ask Accepted             TestTorture_finds/messages_swallowed, and others
+//	counts below 0 are taken                  TestTorture_refuses_counts_that_are_none
 //	Torture injects no deaths                 TestTorture_passes_a_good_sender
 //	the store settles without the token       TestTorture_passes_a_good_sender
 
