@@ -546,12 +546,11 @@ func (a *afterQueries) TraceQueryEnd(context.Context, *pgx.Conn, pgx.TraceQueryE
 func TestPurgePlan(t *testing.T) {
 	t.Parallel()
 	db := pgtest.NewDB(t)
-	db.MustExec(t, `CREATE INDEX ix_outbox_notifications_status ON outbox_notifications (status);
-		INSERT INTO outbox_notifications (type, booking_id, status, sent_at)
+	db.MustExec(t, "CREATE INDEX ix_outbox_notifications_status ON outbox_notifications (status)")
+	db.Fill(t, `INSERT INTO outbox_notifications (type, booking_id, status, sent_at)
 		SELECT CASE WHEN i % 10000 = 0 THEN 'rare' ELSE 'type' || i % 5 END, i, CASE WHEN i % 100 = 0 THEN 'failed' ELSE 'sent' END,
 			CASE WHEN i % 100 > 0 THEN now() - (300000 - i) * interval '1 minute' END
 		FROM generate_series(1, 300000) AS i`)
-	db.MustExec(t, "VACUUM ANALYZE outbox_notifications")
 	for _, mode := range []string{"force_custom_plan", "force_generic_plan"} {
 		for name, opts := range both {
 			for _, types := range []string{"NULL", "'{rare}'", "'{type1,type2}'"} {
