@@ -214,25 +214,21 @@ func look(t testing.TB, q Querier, key outbox.Key) *view {
 	return v
 }
 
-func query[T any](t testing.TB, v *view, to pgx.RowToFunc[T], sql string, args ...any) ([]T, error) {
+// query queries q, which may panic, as connections and transactions of pgxpool do that are
+// released or were never made.
+func query[T any](t testing.TB, v *view, to pgx.RowToFunc[T], sql string, args ...any) (all []T, err error) {
 	ctx, cancel := within(t)
 	defer cancel()
-	rows, err := begun(ctx, v.q, sql, args...)
+	defer func() {
+		if p := recover(); p != nil {
+			err = fmt.Errorf("Query of q, a %T, panicked: was it released, or never made? %v", v.q, p)
+		}
+	}()
+	rows, err := v.q.Query(ctx, sql, args...)
 	if err != nil {
 		return nil, err
 	}
 	return pgx.CollectRows(rows, to)
-}
-
-// begun is q.Query for a q that may panic, as connections and transactions of pgxpool do that
-// are released or were never made.
-func begun(ctx context.Context, q Querier, sql string, args ...any) (rows pgx.Rows, err error) {
-	defer func() {
-		if p := recover(); p != nil {
-			err = fmt.Errorf("Query of q, a %T, panicked: was it released, or never made? %v", q, p)
-		}
-	}()
-	return q.Query(ctx, sql, args...)
 }
 
 // here is where the assertion has looked, for messages.
