@@ -60,7 +60,8 @@ type ClaimOptions struct {
 	// repeat a claim that failed, and whose outcome is unknown therefore, give the
 	// same token again, until less than Limit is found, with Repeated, and with what was
 	// returned by then in Except: rows that the first one claimed after all are returned
-	// without being counted as another attempt. They have no precedence over others.
+	// without being counted as another attempt. They have no precedence over others. In
+	// place of OneSuspect repeat with LeaveSuspects: Limit counts the suspects that it leaves.
 	Token Token
 
 	// Repeated says that Token was given before. No row in Except is claimed then, also none

@@ -153,7 +153,7 @@ func (c *child) heartbeat() {
 	for last := time.Now(); ; {
 		<-time.After(beat)
 		now := time.Now()
-		if now.Sub(last) > 5*beat {
+		if now.Sub(last) > 3*beat {
 			c.fault(ledger.Fault{Kind: "stall of a process", From: last, Observed: true, Halts: true})
 		}
 		last = now

@@ -21,7 +21,7 @@ type failover struct {
 	detach           bool // asynchronous: nothing of the last moments arrives
 	primary, standby *pgserver.Server
 	before, last     time.Duration // until the kill, and of that detached
-	rng              *rand.Rand    // of what dies
+	rngs             [2]*rand.Rand // of what dies before and afterwards
 
 	of     ledger.Failover
 	losses ledger.Losses
@@ -37,9 +37,13 @@ var failoverKinds = map[string]func(number int) (synchronous bool){
 
 // runFailover is runRound on servers of its own.
 func runFailover(ctx context.Context, opts options, number int) (res result, err error) {
-	f := &failover{synchronous: failoverKinds[opts.failovers](number), rng: rand.New(rand.NewPCG(opts.seed, ^uint64(number)))}
-	f.detach = f.rng.IntN(3) > 0 && !f.synchronous
-	f.before, f.last = milliseconds(f.rng, 1000, 3000), milliseconds(f.rng, 0, 500)
+	rng := rand.New(rand.NewPCG(opts.seed, ^uint64(number)))
+	f := &failover{synchronous: failoverKinds[opts.failovers](number)}
+	f.detach = rng.IntN(3) > 0 && !f.synchronous
+	f.before, f.last = milliseconds(rng, 1000, 3000), milliseconds(rng, 0, 500)
+	for i := range f.rngs { // how often each is asked depends on the time
+		f.rngs[i] = rand.New(rand.NewPCG(rng.Uint64(), 0))
+	}
 	f.primary, err = pgserver.Start(ctx, pgserver.Options{Version: os.Getenv("OUTBOX_TEST_POSTGRES"), Settings: settings})
 	if err != nil {
 		return res, err
@@ -75,28 +79,28 @@ var deliveryNames = []string{"AtLeastOnce", "AtMostOnce"}
 
 // inject kills processes, and in between the primary.
 func (f *failover) inject(ctx context.Context, r *round) {
-	kill := func(ctx context.Context) {
+	kill := func(ctx context.Context, rng *rand.Rand) {
 		for ctx.Err() == nil {
 			slots := r.workers
-			if f.rng.IntN(3) == 0 {
+			if rng.IntN(3) == 0 {
 				slots = r.bookers
 			}
-			do := r.kill(r.anyOf(slots, f.rng))
+			do := r.kill(r.anyOf(slots, rng))
 			select {
-			case <-time.After(milliseconds(f.rng, 300, 1500)):
+			case <-time.After(milliseconds(rng, 300, 1500)):
 				do()
 			case <-ctx.Done():
 			}
 		}
 	}
 	before, cancel := context.WithTimeout(ctx, f.before)
-	kill(before)
+	kill(before, f.rngs[0])
 	cancel()
 	if err := f.failOver(ctx, r); err != nil {
 		r.fail(err)
 		return
 	}
-	kill(ctx)
+	kill(ctx, f.rngs[1])
 }
 
 func (f *failover) failOver(ctx context.Context, r *round) error {

@@ -250,9 +250,6 @@ func (s *slot) end(patience time.Duration) {
 	if over == nil {
 		return
 	}
-	if l != nil {
-		s.r.note(ledger.Fault{Kind: "orderly end of a " + s.role, Worker: l.name, Observed: true, Kills: true})
-	}
 	timeout := time.After(patience)
 	for {
 		if l != nil {

@@ -81,6 +81,17 @@ func (s *standIn) send(w http.ResponseWriter, r *http.Request) {
 		http.Error(w, "down", http.StatusServiceUnavailable)
 		return
 	}
+	if m == well {
+		// Its sender may have given up on it, though nobody injected anything.
+		defer func() {
+			if took := time.Since(a.Begun); took > 100*time.Millisecond || r.Context().Err() != nil {
+				f := ledger.Fault{Kind: "stall of a send", Worker: a.Worker, Key: a.Key, From: a.Begun, To: time.Now(), Message: true, Observed: true}
+				if err := s.journal.Append(ledger.Record{Fault: &f}); err != nil {
+					s.failed(err)
+				}
+			}
+		}()
+	}
 	note := func(accept bool) {
 		var records []ledger.Record
 		if accept {

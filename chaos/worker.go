@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"sync/atomic"
 	"time"
 
 	"github.com/seed3357934d/outbox/internal/ledger"
@@ -52,9 +53,17 @@ func (c *child) deliver(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	var asked atomic.Pointer[time.Time]
+	context.AfterFunc(ctx, func() {
+		now := time.Now()
+		asked.Store(&now)
+	})
 	err = r.Run(ctx)
 	if ended(ctx) {
-		return nil // what it had to leave behind is delivered by others
+		if at := asked.Load(); err != nil && at != nil { // it says that it had to leave something behind
+			c.fault(ledger.Fault{Kind: "orderly end of a worker that left something", From: *at, Observed: true, Kills: true})
+		}
+		return nil
 	}
 	return fmt.Errorf("the relay's Run returned by itself, with error %w", cmp.Or(err, errNone))
 }

@@ -16,9 +16,8 @@ func (r *run) claimOn(ctx context.Context) error {
 	var (
 		trouble   = outage{log: r.log, doing: "claim"}
 		token     = outbox.NewToken()
-		repeating bool      // a claim with this token had no answer
-		unheard   time.Time // when the last that had none failed
-		found     []int64   // rows that the token was good for while it is repeated: none is to get it twice
+		repeating bool    // a claim with this token had no answer
+		given     []int64 // rows that the token was good for while it is repeated: none is to get it twice
 		pause     = firstPause
 		ever      bool
 		horizon   horizon
@@ -47,7 +46,7 @@ func (r *run) claimOn(ctx context.Context) error {
 		if !repeating {
 			since = horizon.since()
 		}
-		res, err := r.claim(ctx, outbox.ClaimOptions{Token: token, Repeated: repeating, Limit: limit, InTurn: inTurn, Since: since, Except: found})
+		res, err := r.claim(ctx, outbox.ClaimOptions{Token: token, Repeated: repeating, Limit: limit, InTurn: inTurn, Since: since, Except: given})
 		switch {
 		case errors.Is(err, errBusy):
 			trouble.ended()
@@ -62,7 +61,7 @@ func (r *run) claimOn(ctx context.Context) error {
 			return err
 		case err != nil:
 			// Its rows may have been claimed all the same: the next claim has the same token.
-			repeating, unheard = true, time.Now()
+			repeating = true
 			trouble.began(err)
 			_ = sleep(ctx, trouble.pause())
 			if errors.Is(err, context.DeadlineExceeded) {
@@ -70,7 +69,7 @@ func (r *run) claimOn(ctx context.Context) error {
 				// The database answers, but not to this. What the claim leased after all comes
 				// back at the end of its lease.
 				if since.IsZero() && horizon.timedOut(r.callTimeout()) {
-					token, repeating, found = outbox.NewToken(), false, nil
+					token, repeating, given = outbox.NewToken(), false, nil
 				}
 			}
 			continue
@@ -84,10 +83,10 @@ func (r *run) claimOn(ctx context.Context) error {
 			patience = 0 // who is claiming may be stuck
 		}
 		busySince = time.Time{}
-		if repeating && len(res.ids) >= limit && time.Since(unheard) < r.cfg.Lease { // more of its rows may be left
-			found = append(found, res.ids...)
+		if repeating && len(res.ids) >= limit && len(given) < mostRepeats*limit { // more of its rows may be left
+			given = append(given, res.ids...)
 		} else {
-			token, repeating, found = outbox.NewToken(), false, nil
+			token, repeating, given = outbox.NewToken(), false, nil
 		}
 		switch {
 		case len(res.ids) >= limit:
@@ -193,6 +192,10 @@ func (r *run) capacity() int {
 	return free
 }
 
+// mostRepeats is how many full claims a token is good for, after the one that had no answer.
+// Its rows had fallen due before all others, and are among the first found.
+const mostRepeats = 10
+
 // claimed is what a claim found.
 type claimed struct {
 	ids     []int64   // those that it failed included
@@ -201,7 +204,7 @@ type claimed struct {
 }
 
 // claim claims by opts, which it completes. In turn with others it may return errBusy.
-func (r *run) claim(ctx context.Context, opts outbox.ClaimOptions) (found claimed, err error) {
+func (r *run) claim(ctx context.Context, opts outbox.ClaimOptions) (c claimed, err error) {
 	// When ctx ends, the answer should still be heard: nobody else knows these rows are free.
 	grace, cancel := afterwards(ctx, claimGrace)
 	defer cancel()
@@ -211,16 +214,19 @@ func (r *run) claim(ctx context.Context, opts outbox.ClaimOptions) (found claime
 	opts.Lease, opts.Types, opts.MaxAttempts = r.cfg.Lease, r.cfg.Types, max(r.cfg.MaxAttempts, 0)
 	opts.AtMostOnce, opts.Reconcile = r.cfg.Delivery == AtMostOnce, r.reconcile != nil
 	opts.Except, opts.Suspects = append(r.ids(), opts.Except...), r.suspects()
+	if opts.Repeated && opts.Suspects == outbox.OneSuspect {
+		opts.Suspects = outbox.LeaveSuspects // those that are left count, and the claim would seem to have found less
+	}
 	res, err := r.queue.Claim(grace, opts)
 	if err == nil && res.Busy {
 		err = errBusy
 	}
 	if err != nil {
-		return found, err
+		return c, err
 	}
-	found.last = res.Last
+	c.last = res.Last
 	for _, n := range res.Failed {
-		found.ids = append(found.ids, n.ID)
+		c.ids = append(c.ids, n.ID)
 		r.logFailed(n, n.LastError)
 	}
 	items := make([]item, len(res.Claimed))
@@ -229,9 +235,9 @@ func (r *run) claim(ctx context.Context, opts outbox.ClaimOptions) (found claime
 		it := &items[i]
 		*it = item{Claimed: &res.Claimed[i], claimed: began, until: began.Add(r.cfg.Lease)}
 		r.live[it] = struct{}{}
-		found.ids = append(found.ids, it.ID)
+		c.ids = append(c.ids, it.ID)
 		if it.Suspect && r.cfg.MaxAttempts > 1 {
-			r.suspect, found.suspect = it, true
+			r.suspect, c.suspect = it, true
 			r.waiting = slices.Insert(r.waiting, 0, it) // nobody's death but its own is to fail it
 			continue
 		}
@@ -240,7 +246,7 @@ func (r *run) claim(ctx context.Context, opts outbox.ClaimOptions) (found claime
 	r.settled += len(res.Failed)
 	r.mu.Unlock()
 	signal(r.toSend)
-	return found, nil
+	return c, nil
 }
 
 // acquitted is called under the lock when the Send of it is over, or it will not be

@@ -26,32 +26,45 @@ func (c *checker) neglected(a Accept) string {
 	if c.Changes == nil || !c.Watched {
 		return ""
 	}
-	end, expired, known := c.leaseEnd(a)
-	if !known {
+	l := c.leaseOf(a)
+	if l.to.IsZero() {
 		return ""
 	}
 	kept := c.hindrances(a)
-	if !expired {
-		if slices.ContainsFunc(kept, func(s span) bool { return !s.from.After(end) && !s.to.Before(a.Begun) }) {
+	if !l.expired {
+		if slices.ContainsFunc(kept, func(s span) bool { return !s.from.After(l.to) && !s.to.Before(a.Begun) }) {
 			return ""
 		}
 		return fmt.Sprintf(", and %s settled the first as not delivered, though nothing happened to it", a.Worker)
 	}
-	slices.SortFunc(kept, func(a, b span) int { return a.from.Compare(b.from) })
-	free := a.At // nothing kept the worker since
-	for _, s := range append(kept, span{end, end}) {
-		if s.from.After(end) {
-			s.from = end
-		}
-		if s.from.Sub(free) > c.Lease/2 {
-			return fmt.Sprintf(", and %s let the lease of the first end at %s, though nothing kept it from settling between %s and %s",
-				a.Worker, clock(end), clock(free), clock(s.from))
-		}
-		if s.to.After(free) {
-			free = s.to
+	from, most, what := a.At, c.Lease/2, "settling"
+	if a.At.After(l.to) { // it had ended before: nobody renewed it
+		from, most, what = l.written, c.Lease*3/4, "renewing it"
+	}
+	for _, free := range gaps(from, l.to, kept) {
+		if free.to.Sub(free.from) > most {
+			return fmt.Sprintf(", and %s let the lease of the first end at %s, though nothing kept it from %s between %s and %s",
+				a.Worker, clock(l.to), what, clock(free.from), clock(free.to))
 		}
 	}
 	return ""
+}
+
+// gaps are what is left between from and to without taken.
+func gaps(from, to time.Time, taken []span) (left []span) {
+	slices.SortFunc(taken, func(a, b span) int { return a.from.Compare(b.from) })
+	for _, s := range append(taken, span{to, to}) {
+		if s.from.After(to) {
+			s.from = to
+		}
+		if s.from.After(from) {
+			left = append(left, span{from, s.from})
+		}
+		if s.to.After(from) {
+			from = s.to
+		}
+	}
+	return left
 }
 
 type span struct{ from, to time.Time }
@@ -73,17 +86,38 @@ func (c *checker) hindrances(a Accept) []span {
 			spans = append(spans, span{f.From, f.end().Add(c.Lease / 2)})
 		}
 	}
-	for _, t := range c.troubles[a.Worker] {
-		if t.Text != "" || t.To.Sub(t.From) >= c.Lease/8 {
-			spans = append(spans, span{t.From, t.To})
+	troubles := slices.Clone(c.troubles[a.Worker])
+	slices.SortFunc(troubles, func(a, b Trouble) int { return a.From.Compare(b.From) })
+	type outage struct {
+		failures int
+		next     time.Time // the call, at the latest
+	}
+	outages := make(map[string]outage)
+	for _, t := range troubles {
+		if t.Text == "" && t.To.Sub(t.From) < c.Lease/8 {
+			continue
 		}
+		o := outages[t.Call]
+		if t.From.After(o.next.Add(slow)) {
+			o.failures = 0
+		}
+		o.next = t.To.Add(min(50*time.Millisecond<<min(o.failures, 10), 5*time.Second)) // the relay's pause
+		o.failures++
+		outages[t.Call] = o
+		spans = append(spans, span{t.From, o.next})
 	}
 	return spans
 }
 
-// leaseEnd is when the lease by which a was sent ended, and whether its time had passed: if
-// not, it was settled.
-func (c *checker) leaseEnd(a Accept) (end time.Time, expired, known bool) {
+// lease is the last of a delivery.
+type lease struct {
+	written time.Time // by the claim, or when it was renewed last
+	to      time.Time // it ended, or was settled; zero: not known
+	expired bool      // it was not settled
+}
+
+// leaseOf is the lease by which a was sent.
+func (c *checker) leaseOf(a Accept) (l lease) {
 	var token string
 	for _, cl := range c.claims[a.ID] {
 		if cl.Worker == a.Worker && cl.From.Equal(a.Claimed) {
@@ -91,13 +125,28 @@ func (c *checker) leaseEnd(a Accept) (end time.Time, expired, known bool) {
 		}
 	}
 	for _, ch := range c.changed[a.ID] {
+		if ch.At.Before(a.Claimed) {
+			continue
+		}
+		before, after := ch.Before.leaseBy(token), ch.After.leaseBy(token)
 		switch {
-		case ch.Before == nil, ch.Before.LeaseUntil == nil, ch.At.Before(a.Claimed), !sameClaim(ch.Before.token(), token):
-		case ch.After == nil, ch.After.LeaseUntil == nil:
-			return ch.At, false, true
-		case !sameClaim(ch.After.token(), token):
-			return *ch.Before.LeaseUntil, true, true
+		case after != nil && (before == nil || !after.Equal(*before)):
+			l = lease{written: ch.At}
+		case before == nil || after != nil:
+		case !before.After(ch.Began) && (ch.After != nil && (ch.After.LeaseUntil != nil || sameClaim(ch.After.token(), token))):
+			// Another has it now, or an add has seen that it ended: it may be renewed after that.
+			l.to, l.expired = *before, true
+		default:
+			l.to, l.expired = ch.At, false
 		}
 	}
-	return time.Time{}, false, false
+	return l
+}
+
+// leaseBy is until when a lease by a claim with that token was written; nil if it was not.
+func (s *State) leaseBy(token string) *time.Time {
+	if s == nil || !sameClaim(s.token(), token) {
+		return nil
+	}
+	return s.LeaseUntil
 }

@@ -62,8 +62,37 @@ func TestCheck_blames_a_worker_that_nothing_kept_from_settling(t *testing.T) {
 		{"unless_the_message_was_hit", again, []ledger.Record{hit(130, 200, message)}, ""},
 		{"though_a_message_of_another_worker_was_hit", again, []ledger.Record{hit(130, 200, func(f *ledger.Fault) { message(f); f.Worker = "w3" })}, "nothing kept it"},
 		{"unless_each_of_its_calls_failed", again, []ledger.Record{trouble("no answer", 130, 430), trouble("no answer", 500, 800)}, ""},
-		{"though_a_call_failed_and_none_was_made_again", again, []ledger.Record{trouble("no answer", 130, 430)}, "between 12:00:00.430000 and 12:00:01.105000"},
-		{"though_calls_failed_in_any_order", again, []ledger.Record{trouble("no answer", 900, 1000), trouble("no answer", 130, 300)}, "between 12:00:00.300000 and 12:00:00.900000"},
+		{"though_a_call_failed_and_none_was_made_again", again, []ledger.Record{trouble("no answer", 130, 430)}, "between 12:00:00.480000 and 12:00:01.105000"},
+		{"though_calls_failed_in_any_order", again, []ledger.Record{trouble("no answer", 900, 1000), trouble("no answer", 130, 300)}, "between 12:00:00.350000 and 12:00:00.900000"},
+		{"unless_its_pauses_grew_with_the_failures", again, []ledger.Record{
+			trouble("refused", 130, 131), trouble("refused", 180, 181), trouble("refused", 280, 281), trouble("refused", 480, 481),
+		}, ""},
+		{"though_one_call_failed_early_and_one_late", again, []ledger.Record{trouble("refused", 130, 131), trouble("refused", 1000, 1001)}, "between 12:00:00.181000 and 12:00:01.000000"},
+		{"if_it_did_not_renew_the_lease_before_it_sent", func() ledger.History {
+			h := again()
+			h.Records[2].Accept.At, h.Records[2].Accept.Begun = at(1500), at(1490)
+			return h
+		}, nil, "nothing kept it from renewing it between 12:00:00.105000 and 12:00:01.105000"},
+		{"unless_it_could_not_renew_the_lease_before_it_sent", func() ledger.History {
+			h := again()
+			h.Records[2].Accept.At, h.Records[2].Accept.Begun = at(1500), at(1490)
+			return h
+		}, []ledger.Record{trouble("no answer", 500, 1100)}, ""},
+		{"if_it_let_a_lease_end_that_it_had_renewed", func() ledger.History {
+			h := again()
+			renewed := row(outbox.StatusPending, 1, 0, 1, 1700)
+			h.Changes[2].Before = renewed
+			h.Changes = append(h.Changes, change(700, h.Changes[1].After, renewed))
+			return h
+		}, []ledger.Record{trouble("no answer", 130, 900)}, "let the lease of the first end at 12:00:01.700000"},
+		{"if_an_add_saw_that_the_lease_had_ended", func() ledger.History {
+			h := again()
+			ended := row(outbox.StatusPending, 1, 0, 1, 0)
+			ended.LeaseUntil = nil
+			h.Changes[2].Before = ended
+			h.Changes = append(h.Changes, change(1500, h.Changes[1].After, ended))
+			return h
+		}, []ledger.Record{hit(800, 800, message)}, "though nothing kept it from settling"},
 		{"unless_a_call_was_slow", again, []ledger.Record{trouble("", 130, 1100)}, ""},
 		{"though_a_call_was_somewhat_slow", again, []ledger.Record{trouble("", 550, 650)}, "nothing kept it"},
 		{"if_it_settled_the_row_as_not_delivered", returned, nil, "settled the first as not delivered"},

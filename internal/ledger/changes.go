@@ -252,11 +252,15 @@ func (c *checker) change(key outbox.Key, ch Change) {
 		// What settles a row leaves it another token, or none.
 		old.leased(ch.At) && now.Token == old.Token && now.LeaseUntil == nil:
 		c.violation(LeaseBroken, key, ch.ID, "a refresh ended a lease %s", what)
+	case old.leased(ch.At) && now.Token == old.Token && old.LeaseUntil.Sub(*now.LeaseUntil) > c.Lease/2: // renewals may overtake each other
+		c.violation(LeaseBroken, key, ch.ID, "a lease was made shorter %s", what)
 	case old.leased(ch.At) && now.Token == old.Token && now.LeaseUntil.Equal(*old.LeaseUntil) && now.Attempts != old.Attempts:
 		c.violation(LeaseBroken, key, ch.ID, "a refresh changed the attempts of a delivery that is under way %s", what)
 	}
 	if now.LeaseUntil != nil && now.Token != old.Token && slices.ContainsFunc(c.claims[ch.ID], func(cl Claimed) bool {
 		return cl.Token == now.token() && cl.To.Before(ch.At) // of a lease that nobody heard of there is nothing to come
+	}) && slices.ContainsFunc(c.claims[ch.ID], func(cl Claimed) bool {
+		return cl.Token == now.token() && within(ch.At, cl.From, cl.To) // nor has it anything to lose
 	}) {
 		c.violation(LeaseBroken, key, ch.ID, "a row was leased a second time by one token %s", what)
 	}

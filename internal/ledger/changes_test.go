@@ -78,6 +78,9 @@ func TestCheck_finds_in_the_changes_of_a_row(t *testing.T) {
 			repeated.LeaseUntil = nil
 			h.Changes = append(h.Changes, change(110, leased, repeated))
 		}, ledger.LeaseBroken},
+		{"a_lease_that_was_made_shorter", func(h *ledger.History) {
+			h.Changes = append(h.Changes, change(110, row(outbox.StatusPending, 1, 0, 1, 1105), row(outbox.StatusPending, 1, 0, 1, 110)))
+		}, ledger.LeaseBroken},
 		{"a_repeat_that_took_attempts_from_a_delivery", func(h *ledger.History) {
 			leased, repeated := row(outbox.StatusPending, 1, 0, 1, 1105), row(outbox.StatusPending, 1, 0, 1, 1105)
 			leased.Attempts = 1

@@ -676,7 +676,7 @@ func (s *state) check() string {
 		return "1: a version counts as sent that never was"
 	case n.status == failed && !n.tried:
 		return "1: failed, and its content was never tried"
-	case n.content != s.committed[n.version]: // seen with SupersededForgets keeping the version
+	case n.content != s.committed[n.version]: // no mutation's shortest way: SupersededForgets comes here if it keeps the version
 		return "1: a version has other content than was committed"
 	case n.version < maxVersion && s.committed[n.version+1] != 0:
 		return "1: committed content is lost"
