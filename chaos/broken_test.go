@@ -5,10 +5,8 @@ import (
 	"context"
 	"encoding/json"
 	"os"
-	"os/signal"
 	"slices"
 	"sync/atomic"
-	"syscall"
 	"testing"
 	"time"
 
@@ -74,12 +72,6 @@ func init() {
 				return st, st.Verdict == outbox.Delivered && n.Add(1)%5 == 0
 			}}, s
 		},
-		"forgets_what_is_left_at_the_end": func(_ *child, q relay.Queue, s relay.Sender) (relay.Queue, relay.Sender) {
-			ctx, _ := signal.NotifyContext(context.Background(), syscall.SIGTERM) //nolint:govet // it is for as long as the process lives
-			return &broken{Queue: q, settle: func(st outbox.Settlement) (outbox.Settlement, bool) {
-				return st, st.Verdict == outbox.Delivered && ended(ctx)
-			}}, s
-		},
 		"sends_twice": func(_ *child, q relay.Queue, s relay.Sender) (relay.Queue, relay.Sender) {
 			return q, sending(func(ctx context.Context, n outbox.Notification) (string, error) {
 				receipt, err := s.Send(ctx, n)
@@ -138,14 +130,13 @@ func TestRun_finds_a_relay(t *testing.T) {
 	require.NoError(t, err)
 	t.Cleanup(func() { require.NoError(t, server.Stop()) })
 	for name, kinds := range map[string][]ledger.Kind{
-		"forgets_a_result":                {ledger.Duplicate},
-		"forgets_what_is_left_at_the_end": {ledger.Duplicate},
-		"sends_twice":                     {ledger.Duplicate},
-		"takes_a_delivery_for_failed":     {ledger.Duplicate},
-		"takes_a_failure_for_a_delivery":  {ledger.Lost},
-		"gives_up_early":                  {ledger.Lost},
-		"sends_what_it_read_first":        {ledger.Impossible},
-		"ends_the_leases_of_others":       {ledger.Duplicate},
+		"forgets_a_result":               {ledger.Duplicate},
+		"sends_twice":                    {ledger.Duplicate},
+		"takes_a_delivery_for_failed":    {ledger.Duplicate},
+		"takes_a_failure_for_a_delivery": {ledger.Lost},
+		"gives_up_early":                 {ledger.Lost},
+		"sends_what_it_read_first":       {ledger.Impossible},
+		"ends_the_leases_of_others":      {ledger.Duplicate},
 	} {
 		t.Run("that_"+name, func(t *testing.T) {
 			var out bytes.Buffer
