@@ -27,7 +27,7 @@ func (c *checker) neglected(a Accept) string {
 		return ""
 	}
 	l := c.leaseOf(a)
-	if l.to.IsZero() {
+	if l.to.IsZero() || slices.Contains(c.unsettled[a.ID], l.token) {
 		return ""
 	}
 	kept := c.hindrances(a)
@@ -111,6 +111,7 @@ func (c *checker) hindrances(a Accept) []span {
 
 // lease is the last of a delivery.
 type lease struct {
+	token   string
 	written time.Time // by the claim, or when it was renewed last
 	to      time.Time // it ended, or was settled; zero: not known
 	expired bool      // it was not settled
@@ -131,7 +132,7 @@ func (c *checker) leaseOf(a Accept) (l lease) {
 		before, after := ch.Before.leaseBy(token), ch.After.leaseBy(token)
 		switch {
 		case after != nil && (before == nil || !after.Equal(*before)):
-			l = lease{written: ch.At}
+			l = lease{token: ch.After.token(), written: ch.At}
 		case before == nil || after != nil:
 		case !before.After(ch.Began) && (ch.After != nil && (ch.After.LeaseUntil != nil || sameClaim(ch.After.token(), token))):
 			// Another has it now, or an add has seen that it ended: it may be renewed after that.

@@ -98,6 +98,15 @@ func TestCheck_blames_a_worker_that_nothing_kept_from_settling(t *testing.T) {
 		{"if_it_settled_the_row_as_not_delivered", returned, nil, "settled the first as not delivered"},
 		{"unless_it_did_as_the_message_was_hit", returned, []ledger.Record{hit(130, 130, message)}, ""},
 		{"though_it_did_before_the_message_was_hit", returned, []ledger.Record{hit(136, 140, message)}, "settled the first as not delivered"},
+		{"unless_it_had_settled_what_a_failover_lost", func() ledger.History {
+			h := history{again()}.with(good().Records[3]).History
+			h.Booked = []ledger.Commit{*h.Records[0].Commit}
+			h, lost := h.Survived(ledger.Failover{Killed: at(200), Promoted: at(300)})
+			if lost.Settles != 1 {
+				panic("no settlement is lost")
+			}
+			return h
+		}, nil, ""},
 		{"if_both_are_of_one_claim", func() ledger.History {
 			h := again()
 			h.Records[4].Accept.Worker, h.Records[4].Accept.Claimed = "w1", h.Records[2].Accept.Claimed

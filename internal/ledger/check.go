@@ -37,6 +37,8 @@ type History struct {
 	// worker says so. With Changes it is then known whether a worker was kept from settling.
 	Watched bool
 
+	unsettled map[int64][]string // tokens by row: their settlements were acknowledged, and lost; see Survived
+
 	Drained bool // the relays went on until nothing was left to deliver
 }
 

@@ -85,6 +85,7 @@ func (h History) Survived(f Failover) (History, Losses) {
 		text string
 	}
 	vanished := make(map[content]int)
+	unsettled := make(map[int64][]string)
 	type begin struct {
 		add
 		caller string
@@ -135,6 +136,7 @@ func (h History) Survived(f Failover) (History, Losses) {
 				drop = !anyWithin(ended[of], s.From, s.To)
 				if drop {
 					l.Settles++
+					unsettled[s.ID] = append(unsettled[s.ID], s.Token)
 					arrived(StalePassed, outbox.Key{}, s.ID, s.To, "a settlement by %s, token %s,", s.Worker, s.Token)
 					if s.To.Before(last) {
 						l.Violations = append(l.Violations, Violation{StalePassed, outbox.Key{}, s.ID, fmt.Sprintf(
@@ -164,7 +166,7 @@ func (h History) Survived(f Failover) (History, Losses) {
 	}
 	// Their begins tell nothing of a caller that died, and held a row.
 	kept = slices.DeleteFunc(kept, func(r Record) bool { return r.Commit != nil && r.Commit.To.IsZero() && gone[of(r.Commit)] })
-	h.Records = kept
+	h.Records, h.unsettled = kept, unsettled
 	for _, r := range kept {
 		if r.Accept == nil {
 			continue
