@@ -650,7 +650,8 @@ func TestRun(t *testing.T) {
 				repeats++
 			}
 		}
-		require.Equal(t, 11, repeats) // and the one that finds ten done
+		require.Greater(t, repeats, 2)
+		require.Less(t, repeats, 30) // by how many rows each asks for, which depends on what has been sent; without end 125
 	})
 
 	bubble("keeps_results_through_an_outage_and_claims_no_more_until_they_are_settled", func(t *testing.T) {
