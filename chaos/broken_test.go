@@ -21,7 +21,6 @@ import (
 // broken is a relay that is wrong in one way, beside a sound store.
 type broken struct {
 	relay.Queue
-	relay.Sender
 	settle func(outbox.Settlement) (_ outbox.Settlement, forget bool)
 	before func(context.Context) error // a claim
 }
@@ -64,56 +63,57 @@ type sending func(context.Context, outbox.Notification) (string, error)
 
 func (s sending) Send(ctx context.Context, n outbox.Notification) (string, error) { return s(ctx, n) }
 
+// settling is a relay that settles otherwise; settle is told the number of the settlement.
+func settling(settle func(n int64, st outbox.Settlement) (_ outbox.Settlement, forget bool)) func(*child, relay.Queue, relay.Sender) (relay.Queue, relay.Sender) {
+	return func(_ *child, q relay.Queue, s relay.Sender) (relay.Queue, relay.Sender) {
+		var n atomic.Int64
+		return &broken{Queue: q, settle: func(st outbox.Settlement) (outbox.Settlement, bool) { return settle(n.Add(1), st) }}, s
+	}
+}
+
+// misSending is a relay that sends otherwise.
+func misSending(send func(ctx context.Context, s relay.Sender, n outbox.Notification) (string, error)) func(*child, relay.Queue, relay.Sender) (relay.Queue, relay.Sender) {
+	return func(_ *child, q relay.Queue, s relay.Sender) (relay.Queue, relay.Sender) {
+		return q, sending(func(ctx context.Context, n outbox.Notification) (string, error) { return send(ctx, s, n) })
+	}
+}
+
 func init() {
 	breaks = map[string]func(*child, relay.Queue, relay.Sender) (relay.Queue, relay.Sender){
-		"forgets_a_result": func(_ *child, q relay.Queue, s relay.Sender) (relay.Queue, relay.Sender) {
-			var n atomic.Int64
-			return &broken{Queue: q, settle: func(st outbox.Settlement) (outbox.Settlement, bool) {
-				return st, st.Verdict == outbox.Delivered && n.Add(1)%5 == 0
-			}}, s
-		},
-		"sends_twice": func(_ *child, q relay.Queue, s relay.Sender) (relay.Queue, relay.Sender) {
-			return q, sending(func(ctx context.Context, n outbox.Notification) (string, error) {
-				receipt, err := s.Send(ctx, n)
-				if err == nil && n.ID%5 == 0 {
-					return s.Send(ctx, n)
-				}
-				return receipt, err
-			})
-		},
-		"takes_a_delivery_for_failed": func(_ *child, q relay.Queue, s relay.Sender) (relay.Queue, relay.Sender) {
-			var n atomic.Int64
-			return &broken{Queue: q, settle: func(st outbox.Settlement) (outbox.Settlement, bool) {
-				if st.Verdict == outbox.Delivered && n.Add(1)%5 == 0 {
-					st.Verdict, st.Receipt, st.Error = outbox.Retry, "", "failed"
-				}
-				return st, false
-			}}, s
-		},
-		"takes_a_failure_for_a_delivery": func(_ *child, q relay.Queue, s relay.Sender) (relay.Queue, relay.Sender) {
-			return &broken{Queue: q, settle: func(st outbox.Settlement) (outbox.Settlement, bool) {
-				if st.Verdict == outbox.Retry {
-					st.Verdict, st.Receipt, st.Error = outbox.Delivered, "r0", ""
-				}
-				return st, false
-			}}, s
-		},
-		"gives_up_early": func(_ *child, q relay.Queue, s relay.Sender) (relay.Queue, relay.Sender) {
-			return &broken{Queue: q, settle: func(st outbox.Settlement) (outbox.Settlement, bool) {
-				if st.Verdict == outbox.Retry {
-					st.Verdict = outbox.Failed
-				}
-				return st, false
-			}}, s
-		},
-		"sends_what_it_read_first": func(_ *child, q relay.Queue, s relay.Sender) (relay.Queue, relay.Sender) {
-			return q, sending(func(ctx context.Context, n outbox.Notification) (string, error) {
-				if n.ID%5 == 0 {
-					n.Payload = json.RawMessage(`{"content":"older"}`)
-				}
+		"forgets_a_result": settling(func(n int64, st outbox.Settlement) (outbox.Settlement, bool) {
+			return st, st.Verdict == outbox.Delivered && n%5 == 0
+		}),
+		"takes_a_delivery_for_failed": settling(func(n int64, st outbox.Settlement) (outbox.Settlement, bool) {
+			if st.Verdict == outbox.Delivered && n%5 == 0 {
+				st.Verdict, st.Receipt, st.Error = outbox.Retry, "", "failed"
+			}
+			return st, false
+		}),
+		"takes_a_failure_for_a_delivery": settling(func(_ int64, st outbox.Settlement) (outbox.Settlement, bool) {
+			if st.Verdict == outbox.Retry {
+				st.Verdict, st.Receipt, st.Error = outbox.Delivered, "r0", ""
+			}
+			return st, false
+		}),
+		"gives_up_early": settling(func(_ int64, st outbox.Settlement) (outbox.Settlement, bool) {
+			if st.Verdict == outbox.Retry {
+				st.Verdict = outbox.Failed
+			}
+			return st, false
+		}),
+		"sends_twice": misSending(func(ctx context.Context, s relay.Sender, n outbox.Notification) (string, error) {
+			receipt, err := s.Send(ctx, n)
+			if err == nil && n.ID%5 == 0 {
 				return s.Send(ctx, n)
-			})
-		},
+			}
+			return receipt, err
+		}),
+		"sends_what_it_read_first": misSending(func(ctx context.Context, s relay.Sender, n outbox.Notification) (string, error) {
+			if n.ID%5 == 0 {
+				n.Payload = json.RawMessage(`{"content":"older"}`)
+			}
+			return s.Send(ctx, n)
+		}),
 		"ends_the_leases_of_others": func(c *child, q relay.Queue, s relay.Sender) (relay.Queue, relay.Sender) {
 			return &broken{Queue: q, before: func(ctx context.Context) error {
 				_, err := c.pool.Exec(ctx, "UPDATE outbox_notifications SET lease_until = now() WHERE lease_until > now()")

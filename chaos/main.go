@@ -106,15 +106,11 @@ func run(ctx context.Context, opts options, lim limits, out io.Writer) (ok bool,
 	} else if err := os.MkdirAll(opts.dir, 0o755); err != nil {
 		return false, err
 	}
-	play := runFailover
+	play, kind := runRound, "a server of the caller's"
 	switch {
 	case opts.failovers != "":
-		fmt.Fprintf(out, "seed %d, failovers\n", opts.seed)
-	case opts.server != nil:
-		play = runRound
-		fmt.Fprintf(out, "seed %d\n", opts.seed)
-	default:
-		play = runRound
+		play, kind = runFailover, "failovers"
+	case opts.server == nil:
 		server, startErr := pgserver.Start(ctx, pgserver.Options{
 			Version: os.Getenv("OUTBOX_TEST_POSTGRES"), Settings: settings,
 			Logf: func(format string, args ...any) { fmt.Fprintf(os.Stderr, format+"\n", args...) },
@@ -123,9 +119,9 @@ func run(ctx context.Context, opts options, lim limits, out io.Writer) (ok bool,
 			return false, startErr
 		}
 		defer func() { err = errors.Join(err, server.Stop()) }()
-		opts.server, opts.url = server, server.URL
-		fmt.Fprintf(out, "seed %d, %s\n", opts.seed, server.Kind)
+		opts.server, opts.url, kind = server, server.URL, server.Kind
 	}
+	fmt.Fprintf(out, "seed %d, %s\n", opts.seed, kind)
 	rep := newReport()
 	if opts.report != nil {
 		rep = opts.report
