@@ -119,22 +119,17 @@ type lease struct {
 
 // leaseOf is the lease by which a was sent.
 func (c *checker) leaseOf(a Accept) (l lease) {
-	var token string
-	for _, cl := range c.claims[a.ID] {
-		if cl.Worker == a.Worker && cl.From.Equal(a.Claimed) {
-			token = cl.Token
-		}
-	}
+	claim, _ := c.claimOf(a)
 	for _, ch := range c.changed[a.ID] {
 		if ch.At.Before(a.Claimed) {
 			continue
 		}
-		before, after := ch.Before.leaseBy(token), ch.After.leaseBy(token)
+		before, after := ch.Before.leaseBy(claim.Token), ch.After.leaseBy(claim.Token)
 		switch {
 		case after != nil && (before == nil || !after.Equal(*before)):
 			l = lease{token: ch.After.token(), written: ch.At}
 		case before == nil || after != nil:
-		case !before.After(ch.Began) && (ch.After != nil && (ch.After.LeaseUntil != nil || sameClaim(ch.After.token(), token))):
+		case !before.After(ch.Began) && (ch.After != nil && (ch.After.LeaseUntil != nil || sameClaim(ch.After.token(), claim.Token))):
 			// Another has it now, or an add has seen that it ended: it may be renewed after that.
 			l.to, l.expired = *before, true
 		default:

@@ -209,22 +209,27 @@ func (f Fault) overlaps(from, to time.Time) bool { return !f.From.After(to) && !
 // forever is when what had no end ends.
 var forever = time.Date(9999, 1, 1, 0, 0, 0, 0, time.UTC)
 
+// attempt identifies one run of one add.
+type attempt struct {
+	add
+	caller string
+	from   int64
+}
+
+func attemptOf(c *Commit) attempt {
+	return attempt{add{c.Request, c.Key}, c.Caller, c.From.UnixNano()}
+}
+
 // faults are those recorded, and the callers that held a row for long.
 func (h History) faults() []Fault {
 	var faults []Fault
-	type attempt struct {
-		caller, request string
-		key             outbox.Key
-		from            int64
-	}
 	ended := make(map[attempt]bool)
-	of := func(c *Commit) attempt { return attempt{c.Caller, c.Request, c.Key, c.From.UnixNano()} }
 	for _, r := range h.Records {
 		if r.Fault != nil {
 			faults = append(faults, *r.Fault)
 		}
 		if r.Commit != nil && !r.Commit.To.IsZero() {
-			ended[of(r.Commit)] = true
+			ended[attemptOf(r.Commit)] = true
 		}
 	}
 	recorded := len(faults)
@@ -236,7 +241,7 @@ func (h History) faults() []Fault {
 			if c.To.Sub(c.From) >= h.Lease/2 {
 				faults = append(faults, Fault{Kind: "row held by a caller", Key: c.Key, From: c.From, To: c.To})
 			}
-		case !ended[of(c)]:
+		case !ended[attemptOf(c)]:
 			// It died. What it had locked is free when the server has noticed.
 			to := forever
 			for _, f := range faults[:recorded] {
@@ -571,12 +576,19 @@ func (c *checker) rule(a, b Accept) ruling {
 
 // claimedBy is by when the claim of a delivery had taken place.
 func (c *checker) claimedBy(a Accept) time.Time {
-	for _, cl := range c.claims[a.ID] {
-		if cl.Worker == a.Worker && cl.From.Equal(a.Claimed) {
-			return cl.To
-		}
+	if cl, ok := c.claimOf(a); ok {
+		return cl.To
 	}
 	return a.Begun
+}
+
+// claimOf is the claim by which a was sent, if that was noted.
+func (c *checker) claimOf(a Accept) (Claimed, bool) {
+	i := slices.IndexFunc(c.claims[a.ID], func(cl Claimed) bool { return cl.Worker == a.Worker && cl.From.Equal(a.Claimed) })
+	if i < 0 {
+		return Claimed{}, false
+	}
+	return c.claims[a.ID][i], true
 }
 
 // requeued reports whether an operator had the row sent again between two sends.

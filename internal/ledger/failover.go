@@ -86,13 +86,7 @@ func (h History) Survived(f Failover) (History, Losses) {
 	}
 	vanished := make(map[content]int)
 	unsettled := make(map[int64][]string)
-	type begin struct {
-		add
-		caller string
-		from   int64
-	}
-	of := func(c *Commit) begin { return begin{add{c.Request, c.Key}, c.Caller, c.From.UnixNano()} }
-	gone := make(map[begin]bool) // what was begun, and was acknowledged, and is not there
+	gone := make(map[attempt]bool) // what was begun, and was acknowledged, and is not there
 	// arrived notes it if what is lost was acknowledged before the standby had caught up.
 	arrived := func(kind Kind, key outbox.Key, id int64, acked time.Time, what string, args ...any) {
 		if acked.Before(f.CaughtUp) {
@@ -109,7 +103,7 @@ func (h History) Survived(f Failover) (History, Losses) {
 			drop = !booked[add{c.Request, c.Key}]
 			if drop {
 				l.Adds++
-				gone[of(c)] = true
+				gone[attemptOf(c)] = true
 				arrived(Lost, c.Key, c.ID, c.To, "request %s of %s", c.Request, c.Caller)
 			} else if !firstLost.IsZero() && c.From.After(firstLost) && c.To.Before(f.Killed) {
 				l.Violations = append(l.Violations, Violation{Lost, c.Key, c.ID, fmt.Sprintf(
@@ -165,7 +159,7 @@ func (h History) Survived(f Failover) (History, Losses) {
 		}
 	}
 	// Their begins tell nothing of a caller that died, and held a row.
-	kept = slices.DeleteFunc(kept, func(r Record) bool { return r.Commit != nil && r.Commit.To.IsZero() && gone[of(r.Commit)] })
+	kept = slices.DeleteFunc(kept, func(r Record) bool { return r.Commit != nil && r.Commit.To.IsZero() && gone[attemptOf(r.Commit)] })
 	h.Records, h.unsettled = kept, unsettled
 	for _, r := range kept {
 		if r.Accept == nil {
