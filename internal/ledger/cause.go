@@ -23,11 +23,8 @@ const slow = 100 * time.Millisecond
 // changes show that nothing kept it from settling, whatever happened elsewhere at the time.
 // "" where something did, or too little is known.
 func (c *checker) neglected(a Accept) string {
-	if c.Changes == nil || !c.Watched {
-		return ""
-	}
 	l := c.leaseOf(a)
-	if l.to.IsZero() || slices.Contains(c.unsettled[a.ID], l.token) {
+	if !c.Watched || l.to.IsZero() || slices.Contains(c.unsettled[a.ID], l.token) {
 		return ""
 	}
 	kept := c.hindrances(a)
@@ -82,7 +79,7 @@ func (c *checker) hindrances(a Accept) []span {
 		}
 	}
 	for _, f := range c.onKey[a.Key] {
-		if f.Message && f.Worker == a.Worker { // the sender may wait for an answer yet
+		if f.Worker == a.Worker { // the sender may wait for an answer yet
 			spans = append(spans, span{f.From, f.end().Add(c.Lease / 2)})
 		}
 	}
@@ -121,15 +118,14 @@ type lease struct {
 func (c *checker) leaseOf(a Accept) (l lease) {
 	claim, _ := c.claimOf(a)
 	for _, ch := range c.changed[a.ID] {
-		if ch.At.Before(a.Claimed) {
-			continue
-		}
 		before, after := ch.Before.leaseBy(claim.Token), ch.After.leaseBy(claim.Token)
 		switch {
-		case after != nil && (before == nil || !after.Equal(*before)):
-			l = lease{token: ch.After.token(), written: ch.At}
-		case before == nil || after != nil:
-		case !before.After(ch.Began) && (ch.After != nil && (ch.After.LeaseUntil != nil || sameClaim(ch.After.token(), claim.Token))):
+		case after != nil:
+			if before == nil || !after.Equal(*before) {
+				l = lease{token: ch.After.token(), written: ch.At}
+			}
+		case before == nil:
+		case ch.After != nil && (ch.After.LeaseUntil != nil || sameClaim(ch.After.token(), claim.Token)):
 			// Another has it now, or an add has seen that it ended: it may be renewed after that.
 			l.to, l.expired = *before, true
 		default:

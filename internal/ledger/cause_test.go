@@ -107,6 +107,10 @@ func TestCheck_blames_a_worker_that_nothing_kept_from_settling(t *testing.T) {
 			}
 			return h
 		}, nil, ""},
+		{"though_it_did_after_a_halt_before_the_send", returned, []ledger.Record{hit(50, 100, halts)}, "settled the first as not delivered"},
+		{"though_calls_failed_that_were_well_in_between", again, []ledger.Record{
+			trouble("refused", 130, 131), trouble("refused", 190, 191), trouble("refused", 450, 451),
+		}, "between 12:00:00.501000 and 12:00:01.105000"},
 		{"if_both_are_of_one_claim", func() ledger.History {
 			h := again()
 			h.Records[4].Accept.Worker, h.Records[4].Accept.Claimed = "w1", h.Records[2].Accept.Claimed

@@ -192,6 +192,18 @@ func TestCheck_allows_in_the_changes_of_a_row(t *testing.T) {
 		"a_claim_after_the_lease_has_ended": func(h *ledger.History) {
 			h.Changes[1].Before = row(outbox.StatusPending, 1, 0, 7, 104)
 		},
+		"a_claim_that_is_repeated_and_was_heard": func(h *ledger.History) {
+			h.Records = append(h.Records, ledger.Record{Claimed: &ledger.Claimed{Worker: "w1", ID: 1, Version: 1, Token: token(1), From: at(45), To: at(55)}})
+			first := row(outbox.StatusPending, 1, 0, 1, 1050)
+			h.Changes[1].Before = first
+			h.Changes = append(h.Changes, change(50, row(outbox.StatusPending, 1, 0, 0, 0), first))
+		},
+		"a_token_that_came_late_and_was_not_heard_again": func(h *ledger.History) {
+			h.Records = append(h.Records, ledger.Record{Claimed: &ledger.Claimed{Worker: "w1", ID: 1, Version: 1, Token: token(7), From: at(45), To: at(55)}})
+			pending, first, late := row(outbox.StatusPending, 1, 0, 0, 0), row(outbox.StatusPending, 1, 0, 7, 1050), row(outbox.StatusPending, 1, 0, 7, 90)
+			h.Changes[1].Before = late
+			h.Changes = append(h.Changes, change(50, pending, first), change(60, first, pending), change(70, pending, late))
+		},
 		"a_token_of_a_claim_that_nobody_heard_of": func(h *ledger.History) {
 			h.Changes = append(h.Changes, change(50, row(outbox.StatusPending, 1, 0, 0, 0), row(outbox.StatusPending, 1, 0, 1, 80)),
 				change(85, row(outbox.StatusPending, 1, 0, 1, 80), row(outbox.StatusPending, 1, 0, 2, 95)),
