@@ -12,7 +12,7 @@
 #
 # Tests wait as much as they compute: PARALLEL (default 6) run at a time, of one package at a
 # time, as some need what they wait for soon. What says nothing about PostgreSQL (ONCE) runs
-# on the first of the versions only.
+# on the first of the versions only, and random sequences of calls are fewer on the others.
 #
 # The tests need Docker, or an installed PostgreSQL and PgBouncer. As root on a
 # system with apt-get, missing packages are installed where there is no Docker.
@@ -40,11 +40,11 @@ MODULES = $(patsubst ./%/go.mod,%,$(shell find . -mindepth 2 -name go.mod -not -
 test:
 	@where=$$($(GO) run ./internal/pgserver/prepare $(PG)); \
 	if [ "$$where" != docker ]; then exec $(MAKE) --no-print-directory test-installed; fi; \
-	failed=; skip=; \
+	failed=; skip=; checks=; \
 	for v in $(PG); do \
 	  echo "== PostgreSQL $$v"; \
-	  OUTBOX_TEST_POSTGRES=$$v $(GOTEST) $$skip ./... || failed="$$failed $$v"; \
-	  skip='-skip=$(ONCE)'; \
+	  OUTBOX_TEST_POSTGRES=$$v OUTBOX_TEST_CHECKS=$$checks $(GOTEST) $$skip ./... || failed="$$failed $$v"; \
+	  skip='-skip=$(ONCE)'; checks=25; \
 	done; \
 	$(MAKE) --no-print-directory test-modules || failed="$$failed modules"; \
 	[ -z "$$failed" ] || { echo "FAILED on:$$failed"; exit 1; }

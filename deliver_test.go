@@ -168,7 +168,7 @@ func TestClaim(t *testing.T) {
 		db := pgtest.NewDB(t)
 		addRows(t, db, 7)
 		for id, set := range map[int]string{
-			1: "next_retry_at = now() + interval '1 second'",
+			1: "next_retry_at = now() + interval '1 minute'",
 			2: "status = 'sent'",
 			3: "status = 'failed'",
 			4: "status = 'archived'",

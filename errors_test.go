@@ -248,12 +248,15 @@ func TestDeadlocks(t *testing.T) {
 		t.Parallel()
 		db := pgtest.NewDB(t)
 		db.Add(t, rejected)
-		store, err := outbox.NewPGStore(pgtest.NewPool(t, db.URL, func(cfg *pgxpool.Config) { cfg.MaxConns = 1 }), outbox.Config{Logger: discard})
+		store, err := outbox.NewPGStore(pgtest.NewPool(t, db.URL, func(cfg *pgxpool.Config) {
+			cfg.MaxConns = 1
+			cfg.ConnConfig.RuntimeParams["deadlock_timeout"] = "3s" // when it looks, once: the circle has to be closed by then
+		}), outbox.Config{Logger: discard})
 		require.NoError(t, err)
 		_, err = store.Claim(t.Context(), outbox.ClaimOptions{Limit: 1, Lease: time.Microsecond}) // its statements are prepared
 		require.NoError(t, err)
 		other := db.MustBegin(t)
-		_, err = other.Exec(t.Context(), "SET LOCAL deadlock_timeout = '1h'") // so that the claim is the one that ends
+		_, err = other.Exec(t.Context(), "SET LOCAL deadlock_timeout = '30s'") // so that the claim is the one that ends
 		require.NoError(t, err)
 		_, err = other.Exec(t.Context(), "LOCK TABLE outbox_notifications")
 		require.NoError(t, err)

@@ -30,13 +30,21 @@ func TestListen(t *testing.T) {
 		ended := pgtest.Later(func() (struct{}, error) {
 			return struct{}{}, store.Listen(ctx, func() { woken <- struct{}{} })
 		})
-		<-woken
+		awake := func() {
+			t.Helper()
+			select {
+			case <-woken:
+			case r := <-ended:
+				require.NoError(t, r.Err)
+			}
+		}
+		awake()
 		tx := pgtest.Begin(t, pool, pgx.TxOptions{})
 		_, err = store.AddNotification(t.Context(), tx, outbox.NewNotification{Type: "reject"})
 		require.NoError(t, err)
 		require.Empty(t, woken, "not yet committed")
 		require.NoError(t, tx.Commit(t.Context()))
-		<-woken
+		awake()
 		cancel()
 		_, err = pgtest.Await(t, ended)
 		require.Equal(t, context.Canceled, err)

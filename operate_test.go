@@ -435,12 +435,16 @@ func TestRequeue(t *testing.T) {
 		first, second := outbox.NewNotification{Type: "a", BookingID: 1, CandidateTgID: 1}, outbox.NewNotification{Type: "b", BookingID: 1}
 		db.AddMany(t, first, second)
 		deliver(t, db, outbox.Delivered)
+		store, err := outbox.NewPGStore(pgtest.NewPool(t, db.URL, func(cfg *pgxpool.Config) {
+			cfg.ConnConfig.RuntimeParams["deadlock_timeout"] = "3s" // when it looks, once: the circle has to be closed by then
+		}), outbox.Config{Logger: discard})
+		require.NoError(t, err)
 		caller := db.MustBegin(t)
-		_, err := caller.Exec(t.Context(), "SET LOCAL deadlock_timeout = '1h'") // so that the other is the victim
+		_, err = caller.Exec(t.Context(), "SET LOCAL deadlock_timeout = '30s'") // so that the other is the victim
 		require.NoError(t, err)
 		_, err = db.Store.AddNotification(t.Context(), caller, second)
 		require.NoError(t, err)
-		requeued := pgtest.Later(func() (int, error) { return db.Store.Requeue(t.Context(), first.Key(), second.Key()) })
+		requeued := pgtest.Later(func() (int, error) { return store.Requeue(t.Context(), first.Key(), second.Key()) })
 		db.WaitBlocked(t, 1)
 		_, err = db.Store.AddNotification(t.Context(), caller, first)
 		require.NoError(t, err)

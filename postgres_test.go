@@ -24,13 +24,19 @@ func TestMain(m *testing.M) {
 		panic(err)
 	}
 	seedGiven = flag.Lookup("rapid.seed").Value.String() != "0"
+	if checks := os.Getenv("OUTBOX_TEST_CHECKS"); checks != "" { // -rapid.checks would fail in packages without it
+		if err := flag.Set("rapid.checks", checks); err != nil {
+			panic(err)
+		}
+	}
 	pgtest.Main(m)
 }
 
 // seeding is held while the flag of the seed is set for one check.
 var seeding sync.Mutex
 
-// check is rapid.Check, which does 100 checks, or as many as -rapid.checks says. In CI they are
+// check is rapid.Check, which does 100 checks, or as many as -rapid.checks or
+// OUTBOX_TEST_CHECKS says. In CI they are
 // always the same, and begin with a seed of the test's own; else they are others in
 // every run. -rapid.seed goes before both. Rapid has one flag for all tests of the
 // process, and has read it when it first calls prop.

@@ -64,7 +64,7 @@ func start(ctx context.Context, dsn string, opts pgserver.Options) (_ *server, e
 		return nil, fmt.Errorf("%s is a URL of %q and not of PostgreSQL: unset it to have a server started, or have it begin with postgres://", urlVariable, scheme)
 	}
 	if dsn == "" {
-		opts.Lifeline, opts.Settings = true, map[string]string{"max_connections": "500"}
+		opts.Lifeline, opts.Direct, opts.Settings = true, true, map[string]string{"max_connections": "500"}
 		opts.Logf = func(format string, args ...any) { fmt.Fprintf(os.Stderr, "outboxtest: "+format+"\n", args...) }
 		s.own, err = pgserver.Start(ctx, opts)
 		if err != nil {

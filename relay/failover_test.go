@@ -115,7 +115,7 @@ func TestFailover_loses_nothing_that_was_synchronous_and_only_the_end_of_what_wa
 			require.NoError(t, err)
 			defer journal.Close()
 
-			cfg := relay.Config{Lease: 3 * time.Second, PollInterval: 20 * time.Millisecond, BatchSize: 10, Logger: discard}
+			cfg := relay.Config{Lease: 10 * time.Second, PollInterval: 20 * time.Millisecond, BatchSize: 10, Logger: discard}
 			p := &provider{}
 			for i := range 2 {
 				w := &ledger.Worker{Name: fmt.Sprintf("relay%d", i), Journal: journal, Accepts: true}
@@ -156,9 +156,7 @@ func TestFailover_loses_nothing_that_was_synchronous_and_only_the_end_of_what_wa
 			h := ledger.History{Delivery: cfg.Delivery, Lease: cfg.Lease, Drained: true}
 			h.Records, err = ledger.Read(path)
 			require.NoError(t, err)
-			h.Rows, err = pair.Store.List(t.Context(), outbox.Filter{Limit: 1000})
-			require.NoError(t, err)
-			require.Less(t, len(h.Rows), 1000)
+			h.Rows = all(t, pair.Store)
 			h.Changes, err = ledger.ReadChanges(t.Context(), pair)
 			require.NoError(t, err)
 			rows, err := pair.Query(t.Context(), "SELECT request, type, booking_id, candidate_tg_id, id, version, outcome, content FROM booked")
@@ -235,15 +233,36 @@ func TestFailover_asynchronous_sends_again_what_a_lost_claim_sent(t *testing.T) 
 	require.Len(t, p.of(vanished.ID), 1)
 }
 
-// failingQueue counts the claims that failed.
+// all lists all rows.
+func all(t testing.TB, store *outbox.PGStore) (rows []outbox.Notification) {
+	t.Helper()
+	for f := (outbox.Filter{Limit: 1000}); ; f.After = rows[len(rows)-1].ID {
+		page, err := store.List(t.Context(), f)
+		require.NoError(t, err)
+		if len(page) == 0 {
+			return rows
+		}
+		rows = append(rows, page...)
+	}
+}
+
+// failingQueue counts the claims that failed, once they have ended on the server as well:
+// before that, one holds what it has found, and a repeat would find nothing.
 type failingQueue struct {
 	*outbox.PGStore
+	pool   *pgxpool.Pool
 	failed atomic.Int64
 }
 
 func (q *failingQueue) Claim(ctx context.Context, opts outbox.ClaimOptions) (outbox.ClaimResult, error) {
 	res, err := q.PGStore.Claim(ctx, opts)
 	if err != nil {
+		bounded, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
+		defer cancel()
+		const ended = "SELECT NOT EXISTS (SELECT FROM pg_stat_activity WHERE wait_event = 'SyncRep')"
+		for over := false; !over && bounded.Err() == nil; time.Sleep(5 * time.Millisecond) {
+			err = errors.Join(err, q.pool.QueryRow(bounded, ended).Scan(&over))
+		}
 		q.failed.Add(1)
 	}
 	return res, err
@@ -258,10 +277,10 @@ func TestStandbyStalls_and_nothing_is_sent_nor_an_attempt_spent(t *testing.T) {
 	const rows = 20
 	addMany(t, pair.DB, rows)
 	resume := pgtest.Pause(t, pair.Standby)
-	p, q := &provider{}, &failingQueue{PGStore: pair.Store}
+	p, q := &provider{}, &failingQueue{PGStore: pair.Store, pool: pair.Pool}
 	run(t, newRelay(t, q, p, relay.Config{Lease: 6 * time.Second, PollInterval: 100 * time.Millisecond, Delivery: relay.AtMostOnce, Logger: discard}))
 	until(t, "claims have no answer", func() bool { return q.failed.Load() > 1 })
-	require.Equal(t, rows, count(t, pair.DB, leased))
+	require.Equal(t, rows, count(t, pair.DB, held))
 	require.Zero(t, p.total(), "what the standby does not have is not sent")
 	resume()
 	requireUnspent(t, pair.DB, p, rows)

@@ -29,7 +29,7 @@ func TestFrozenWorker(t *testing.T) {
 			until(t, "it is there", func() bool {
 				return w.said(string(claimed)) == 1 && w.said(string(sending)+" ") == sent && (at != accepted || theirs.total() == sent)
 			})
-			require.Equal(t, rows, count(t, db, leased))
+			require.Equal(t, rows, count(t, db, held))
 			require.NoError(t, w.Signal(syscall.SIGSTOP))
 
 			// It wakes up while the other is sending them, or later still.

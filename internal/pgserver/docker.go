@@ -115,7 +115,8 @@ func startInDocker(ctx context.Context, opts Options) (*Server, error) {
 	}
 
 	d := &dockerServer{host: host, image: image, opts: opts}
-	custom := append(d.options("docker-entrypoint.sh"), postgres.BasicWaitStrategies())
+	// The entrypoint starts the server twice, the first time to make the database.
+	custom := append(d.options("docker-entrypoint.sh"), waitForLog("database system is ready to accept connections", 2))
 	if opts.Lifeline {
 		held, lifeline := containerLifeline()
 		d.lifeline = lifeline
@@ -174,6 +175,9 @@ func (s *dockerServer) server(ctx context.Context) (*Server, error) {
 		s.lifeline.close()
 		return nil, failedContainer(ctx, s.c, err)
 	}
+	if s.opts.Direct && isLoopback(s.host) {
+		dsn = directURL(ctx, s.c, dsn)
+	}
 	s.url = dsn
 	return &Server{
 		URL:       dsn,
@@ -209,7 +213,7 @@ grep -qx "$line" "$hba" || { echo "$line" >>"$hba" && kill -HUP "$(head -n 1 "$P
 	d := &dockerServer{host: s.host, image: s.image, opts: s.opts}
 	c, err := testcontainers.Run(ctx, d.image.tag, append(d.options("sh", "-c", cloneServer, "sh"),
 		testcontainers.WithEnv(map[string]string{"PRIMARY": standbyConninfo(ip, 5432, name), "SLOT": name}),
-		testcontainers.WithWaitStrategy(wait.ForListeningPort("5432/tcp")))...)
+		waitForLog("database system is ready to accept read-only connections", 1))...)
 	if err != nil {
 		return nil, failedContainer(ctx, c, err)
 	}
@@ -362,13 +366,23 @@ func containerOptions(host, port string, program ...string) []testcontainers.Con
 		testcontainers.WithEntrypoint(append([]string{"sh", "-c", processOne}, program...)...),
 		testcontainers.WithHostConfigModifier(func(h *container.HostConfig) {
 			h.ShmSize = 256 << 20 // the default, 64 MB, is little for parallel queries
-			if host == "localhost" || host == "127.0.0.1" {
+			if isLoopback(host) {
 				// The server asks for no password: keep other machines out.
 				loopback := network.PortBinding{HostIP: netip.MustParseAddr("127.0.0.1")}
 				h.PortBindings = network.PortMap{network.MustParsePort(port): {loopback}}
 			}
 		}),
 	}
+}
+
+func isLoopback(host string) bool { return host == "localhost" || host == "127.0.0.1" }
+
+// waitForLog has a container be started when it has logged that line so many times.
+// That it listens is for containerURL to find out: asking inside the container, as
+// testcontainers does, starts processes there time and again, which costs more than the
+// server's own start.
+func waitForLog(line string, times int) testcontainers.CustomizeRequestOption {
+	return testcontainers.WithWaitStrategy(wait.ForLog(line).WithOccurrence(times))
 }
 
 // containerURL waits until the server that listens on the container's port is
@@ -378,9 +392,34 @@ func containerURL(ctx context.Context, c testcontainers.Container, port string) 
 	if err != nil {
 		return "", "", err
 	}
-	dsn = "postgres://postgres@" + endpoint + "/postgres?sslmode=disable"
+	dsn = endpointURL(endpoint)
 	version, err = waitReady(ctx, dsn, nil)
 	return dsn, version, err
+}
+
+func endpointURL(endpoint string) string {
+	return "postgres://postgres@" + endpoint + "/postgres?sslmode=disable"
+}
+
+// directURL returns the URL of the container's own address, or published where that leads
+// to nobody, as with a virtual machine between, or to somebody else.
+func directURL(ctx context.Context, c testcontainers.Container, published string) string {
+	ip, err := c.ContainerIP(ctx)
+	if err != nil || ip == "" {
+		return published
+	}
+	direct := endpointURL(net.JoinHostPort(ip, "5432"))
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	const identity = "SELECT system_identifier FROM pg_control_system()"
+	want, err := ask[int64](ctx, published, identity)
+	if err != nil {
+		return published
+	}
+	if got, err := ask[int64](ctx, direct, identity); err != nil || got != want {
+		return published
+	}
+	return direct
 }
 
 // failedContainer adds the end of the container's log to err and removes it.

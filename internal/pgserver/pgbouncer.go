@@ -13,7 +13,6 @@ import (
 	"sync"
 
 	"github.com/testcontainers/testcontainers-go"
-	"github.com/testcontainers/testcontainers-go/wait"
 )
 
 const preparedStatements = "max_prepared_statements = 200\n"
@@ -52,7 +51,7 @@ func startPgBouncerContainer(ctx context.Context, server testcontainers.Containe
 	}
 	c, err := testcontainers.Run(ctx, pgbouncerTag,
 		append(containerOptions(host, "6432/tcp", "pgbouncer", "/pgbouncer.ini"),
-			testcontainers.WithWaitStrategy(wait.ForListeningPort("6432/tcp")),
+			waitForLog("process up", 1),
 			testcontainers.WithFiles(testcontainers.ContainerFile{
 				Reader:            strings.NewReader(pgbouncerConfig(ip, 5432, "*", 6432, preparedStatements)),
 				ContainerFilePath: "/pgbouncer.ini",

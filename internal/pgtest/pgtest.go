@@ -64,7 +64,9 @@ func run(m *testing.M) (code int, err error) {
 	if serverURL == "" {
 		ctx, cancel := context.WithTimeout(context.Background(), 5*time.Minute)
 		defer cancel()
-		server, err = pgserver.Start(ctx, options(logToStderr))
+		opts := options(logToStderr)
+		opts.Direct = true
+		server, err = pgserver.Start(ctx, opts)
 		if err != nil {
 			return 1, err
 		}
