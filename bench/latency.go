@@ -97,7 +97,7 @@ feed:
 		case <-ctx.Done():
 			break feed
 		}
-		if time.Since(start) > d {
+		if n > 0 && time.Since(start) > d {
 			break // the server cannot keep up with us
 		}
 		select {

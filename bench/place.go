@@ -141,7 +141,7 @@ func (p *place) workers(ctx context.Context, conns, ops int, run func(context.Co
 	return func(ctx context.Context, d time.Duration) (int, time.Duration, error) {
 		var done atomic.Int64
 		err := together(conns, func(start time.Time) error {
-			for time.Since(start) < d {
+			for first := true; first || time.Since(start) < d; first = false { // none is no number to divide by
 				if err := run(ctx, p.pool); err != nil {
 					return err
 				}

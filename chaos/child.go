@@ -64,7 +64,8 @@ type child struct {
 	spec
 	journal *ledger.Journal
 	pool    *pgxpool.Pool
-	count   atomic.Int64 // of the moment of the plan
+	count   atomic.Int64              // of the moment of the plan
+	last    atomic.Pointer[time.Time] // beat
 }
 
 // runChild is all that such a process does. It ends with its standard input, that is with the driver.
@@ -150,13 +151,17 @@ const beat = 50 * time.Millisecond
 
 // heartbeat notes when the machine let the process stand still, which nobody injected.
 func (c *child) heartbeat() {
-	for last := time.Now(); ; {
+	for {
 		<-time.After(beat)
-		now := time.Now()
-		if now.Sub(last) > 3*beat {
-			c.fault(ledger.Fault{Kind: "stall of a process", From: last, Observed: true, Halts: true})
-		}
-		last = now
+		c.beat()
+	}
+}
+
+// beat notes a stall that is just over.
+func (c *child) beat() {
+	now := time.Now()
+	if last := c.last.Swap(&now); last != nil && ledger.Between(*last, now) > 3*beat {
+		c.fault(ledger.Fault{Kind: "stall of a process", From: *last, Observed: true, Halts: true})
 	}
 }
 
@@ -198,6 +203,7 @@ func (c *child) strike(name string) {
 		}
 		return
 	}
+	c.beat() // nobody will, and this may be the first to wake from a stall
 	c.fault(ledger.Fault{Kind: "kill -9 of a " + c.Role + " " + name, Kills: true})
 	if err := syscall.Kill(self, syscall.SIGKILL); err != nil {
 		panic(err)

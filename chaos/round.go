@@ -356,7 +356,7 @@ func (r *round) watchServer(ctx context.Context) {
 		err := r.pool.Ping(call)
 		cancel()
 		now := time.Now()
-		if (err != nil || now.Sub(last) > 300*time.Millisecond) && ctx.Err() == nil {
+		if (err != nil || ledger.Between(last, now) > 300*time.Millisecond) && ctx.Err() == nil {
 			r.note(ledger.Fault{Kind: "stall of the server", From: last, Observed: true})
 		}
 		last = now

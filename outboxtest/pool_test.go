@@ -311,9 +311,11 @@ func TestServer_ends_with_its_process(t *testing.T) {
 
 // gone reports whether nothing of a server is left.
 func gone(t testing.TB, dsn, container, data string) bool {
-	conn, err := pgx.Connect(t.Context(), dsn)
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second) // an address that is gone may not answer at all
+	defer cancel()
+	conn, err := pgx.Connect(ctx, dsn)
 	if err == nil {
-		conn.Close(t.Context())
+		conn.Close(ctx)
 		return false
 	}
 	if container == "-" {

@@ -151,13 +151,20 @@ func (w *watchedSender) Send(ctx context.Context, n outbox.Notification) (receip
 	return receipt, err
 }
 
-// watchHeed waits for a Send to return, its ctx having ended.
+// watchHeed waits for a Send to return, its ctx having ended. It waits in steps, of which a
+// process that stands still loses one: the Send stands still as well.
 func (ss *sends) watchHeed(s *send, returned <-chan struct{}) {
-	timer := time.NewTimer(heedPatience)
-	defer timer.Stop()
+	const step = 50 * time.Millisecond
+	for range heedPatience / step {
+		select {
+		case <-returned:
+			return
+		case <-time.After(step):
+		}
+	}
 	select {
 	case <-returned:
-	case <-timer.C:
+	default:
 		ss.mu.Lock()
 		defer ss.mu.Unlock()
 		ss.complaints.add("ctx not heeded", "Send of %v has not returned %v after its ctx had ended", s.n.Key(), heedPatience)

@@ -294,7 +294,7 @@ func pause(ctx context.Context, d time.Duration) error {
 // watchStalls notes when this process stood still for so long that leases may have ended.
 func (tt *torture) watchStalls(ctx context.Context) {
 	for last := time.Now(); pause(ctx, 20*time.Millisecond) == nil; last = time.Now() {
-		if time.Since(last) > tt.lease/10 {
+		if ledger.Between(last, time.Now()) > tt.lease/10 {
 			tt.fault(ledger.Fault{Kind: "stall", From: last, To: time.Now(), Observed: true})
 		}
 	}

@@ -13,11 +13,17 @@ type Trouble struct {
 	Call   string    `json:"call"` // "renew" or "settle"
 	Text   string    `json:"text"`
 	From   time.Time `json:"from"`
-	To     time.Time `json:"to"`
+	To     time.Time `json:"to"` // zero: it took long and was under way yet
 }
 
 // slow is from when on a call is noted; [Check] ignores what is short beside the lease.
 const slow = 100 * time.Millisecond
+
+// Between is how long it is from one time to another by the clock that says more: the
+// monotonic one stands still while a machine is suspended, and leases end by the other.
+func Between(from, to time.Time) time.Duration {
+	return max(to.Sub(from), to.Round(0).Sub(from.Round(0)))
+}
 
 // neglected says what the worker of a left undone, where its own notes and the record of
 // changes show that nothing kept it from settling, whatever happened elsewhere at the time.
@@ -91,6 +97,12 @@ func (c *checker) hindrances(a Accept) []span {
 	}
 	outages := make(map[string]outage)
 	for _, t := range troubles {
+		if t.To.IsZero() {
+			if !slices.ContainsFunc(troubles, func(end Trouble) bool { return end.Call == t.Call && end.From.Equal(t.From) && !end.To.IsZero() }) {
+				spans = append(spans, span{t.From, forever}) // it was killed in it
+			}
+			continue
+		}
 		if t.Text == "" && t.To.Sub(t.From) < c.Lease/8 {
 			continue
 		}

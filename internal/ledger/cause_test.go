@@ -2,6 +2,7 @@ package ledger_test
 
 import (
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/require"
 
@@ -34,6 +35,13 @@ func trouble(text string, from, to int) ledger.Record {
 	return ledger.Record{Trouble: &ledger.Trouble{Worker: "w1", Call: "settle", Text: text, From: at(from), To: at(to)}}
 }
 
+// underWay is a call that took long and has not ended.
+func underWay(from int) ledger.Record {
+	r := trouble("", from, 0)
+	r.Trouble.To = time.Time{}
+	return r
+}
+
 // hit is a fault of the first worker, or of one of its messages.
 func hit(from, to int, change func(*ledger.Fault)) ledger.Record {
 	r := fault("w1", outbox.Key{}, from, to)
@@ -62,6 +70,8 @@ func TestCheck_blames_a_worker_that_nothing_kept_from_settling(t *testing.T) {
 		{"unless_the_message_was_hit", again, []ledger.Record{hit(130, 200, message)}, ""},
 		{"though_a_message_of_another_worker_was_hit", again, []ledger.Record{hit(130, 200, func(f *ledger.Fault) { message(f); f.Worker = "w3" })}, "nothing kept it"},
 		{"unless_each_of_its_calls_failed", again, []ledger.Record{trouble("no answer", 130, 430), trouble("no answer", 500, 800)}, ""},
+		{"unless_it_was_killed_in_a_call", again, []ledger.Record{underWay(130), hit(900, 900, kills)}, ""},
+		{"though_a_call_took_long_that_ended", again, []ledger.Record{underWay(130), trouble("", 130, 330)}, "between 12:00:00.380000 and 12:00:01.105000"},
 		{"though_a_call_failed_and_none_was_made_again", again, []ledger.Record{trouble("no answer", 130, 430)}, "between 12:00:00.480000 and 12:00:01.105000"},
 		{"though_calls_failed_in_any_order", again, []ledger.Record{trouble("no answer", 900, 1000), trouble("no answer", 130, 300)}, "between 12:00:00.350000 and 12:00:00.900000"},
 		{"unless_its_pauses_grew_with_the_failures", again, []ledger.Record{

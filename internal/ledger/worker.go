@@ -132,18 +132,14 @@ func (q *queue) Extend(ctx context.Context, leases []outbox.Lease, d time.Durati
 	var results []outbox.LeaseResult
 	if half > 0 {
 		var err error
-		if results, err = q.q.Extend(ctx, leases[:half], d); err != nil {
+		if results, err = q.extend(ctx, leases[:half], d); err != nil {
 			return nil, err
 		}
 		if err := q.w.at(ctx, MidRenew); err != nil {
 			return nil, err
 		}
 	}
-	from := time.Now()
-	rest, err := q.q.Extend(ctx, leases[half:], d)
-	if err := q.w.trouble("renew", from, rest, err); err != nil {
-		return nil, err
-	}
+	rest, err := q.extend(ctx, leases[half:], d)
 	if err != nil {
 		return nil, err
 	}
@@ -153,6 +149,12 @@ func (q *queue) Extend(ctx context.Context, leases []outbox.Lease, d time.Durati
 		}
 	}
 	return append(results, rest...), nil
+}
+
+func (q *queue) extend(ctx context.Context, leases []outbox.Lease, d time.Duration) ([]outbox.LeaseResult, error) {
+	begun := q.w.begin("renew")
+	results, err := q.q.Extend(ctx, leases, d)
+	return results, errors.Join(err, begun.ended(results, err))
 }
 
 func (q *queue) Settle(ctx context.Context, settlements []outbox.Settlement) ([]outbox.LeaseResult, error) {
@@ -185,12 +187,9 @@ func (q *queue) Settle(ctx context.Context, settlements []outbox.Settlement) ([]
 
 // settle settles and notes what was acknowledged.
 func (q *queue) settle(ctx context.Context, settlements []outbox.Settlement) ([]outbox.LeaseResult, error) {
-	from := time.Now()
+	begun := q.w.begin("settle")
 	results, err := q.q.Settle(ctx, settlements)
-	if err := q.w.trouble("settle", from, results, err); err != nil {
-		return nil, err
-	}
-	if err != nil {
+	if err := errors.Join(err, begun.ended(results, err)); err != nil {
 		return nil, err
 	}
 	to := time.Now()
@@ -204,25 +203,42 @@ func (q *queue) settle(ctx context.Context, settlements []outbox.Settlement) ([]
 		delete(q.w.leases, st.Lease)
 		records = append(records, Record{Settled: &Settled{
 			Worker: q.w.Name, ID: st.ID, Version: version, Token: st.Token.String(), Verdict: st.Verdict,
-			Receipt: st.Receipt, Result: results[i], From: from, To: to,
+			Receipt: st.Receipt, Result: results[i], From: begun.From, To: to,
 		}})
 	}
 	q.w.mu.Unlock()
 	return results, q.w.Journal.Note(records...)
 }
 
-// trouble notes a call that failed, found rows locked, or took long. The error is the journal's.
-func (w *Worker) trouble(call string, from time.Time, results []outbox.LeaseResult, err error) error {
-	to, text := time.Now(), ""
+// call is one that is under way. When it takes long that is noted at once, as the worker may
+// be killed in it.
+type call struct {
+	Trouble
+	w     *Worker
+	noted *time.Timer
+}
+
+func (w *Worker) begin(name string) *call {
+	c := &call{Trouble: Trouble{Worker: w.Name, Call: name, From: time.Now()}, w: w}
+	begun := c.Trouble
+	c.noted = time.AfterFunc(slow, func() { _ = w.Journal.Note(Record{Trouble: &begun}) }) // ended meets the same error
+	return c
+}
+
+// ended notes a call that failed, found rows locked, or took long. The error is the journal's.
+func (c *call) ended(results []outbox.LeaseResult, err error) error {
+	short := c.noted.Stop()
+	end := c.Trouble
+	end.To = time.Now()
 	switch {
 	case err != nil:
-		text = err.Error()
+		end.Text = err.Error()
 	case slices.Contains(results, outbox.LeaseHeld):
-		text = "a row was locked"
-	case to.Sub(from) < slow:
+		end.Text = "a row was locked"
+	case short && end.To.Sub(end.From) < slow:
 		return nil
 	}
-	return w.Journal.Note(Record{Trouble: &Trouble{Worker: w.Name, Call: call, Text: text, From: from, To: to}})
+	return c.w.Journal.Note(Record{Trouble: &end})
 }
 
 // Sender returns s, watched. It is a [relay.Reconciler] if s is one.

@@ -42,6 +42,26 @@ func (q *memory) Settle(_ context.Context, settlements []outbox.Settlement) ([]o
 	return slices.Repeat([]outbox.LeaseResult{outbox.LeaseDone}, len(settlements)), nil
 }
 
+// hanging is a queue whose calls last until they are let go.
+type hanging struct {
+	memory
+	begun, let chan struct{}
+}
+
+func (q *hanging) hang() ([]outbox.LeaseResult, error) {
+	q.begun <- struct{}{}
+	<-q.let
+	return []outbox.LeaseResult{outbox.LeaseDone}, nil
+}
+
+func (q *hanging) Extend(context.Context, []outbox.Lease, time.Duration) ([]outbox.LeaseResult, error) {
+	return q.hang()
+}
+
+func (q *hanging) Settle(context.Context, []outbox.Settlement) ([]outbox.LeaseResult, error) {
+	return q.hang()
+}
+
 // life plays the life of a worker until a call fails: a claim, a send, a renewal, a settle.
 func life(t *testing.T, w *ledger.Worker, q *memory) (claimed []outbox.Claimed, err error) {
 	t.Helper()
@@ -86,6 +106,7 @@ func TestWorker_calls_its_hook_at_each_moment_in_turn_and_notes_what_was_done(t 
 	require.NoError(t, j.Close())
 	records, err := ledger.Read(path)
 	require.NoError(t, err)
+	records = slices.DeleteFunc(records, func(r ledger.Record) bool { return r.Trouble != nil }) // of a busy machine
 	require.Len(t, records, 5)
 	for i := range 2 {
 		require.Equal(t, int64(i+1), records[i].Claimed.ID)
@@ -171,6 +192,51 @@ func TestWorker_ends_a_call_with_the_error_of_its_hook(t *testing.T) {
 			require.ErrorIs(t, err, broken)
 			require.NoError(t, j.Close())
 		})
+	}
+}
+
+// A worker that is killed in a call can say nothing afterwards.
+func TestWorker_notes_a_call_that_takes_long_before_it_ends(t *testing.T) {
+	t.Parallel()
+	q := &hanging{begun: make(chan struct{}), let: make(chan struct{})}
+	for name, call := range map[string]func(relay.Queue) error{
+		"renew": func(queue relay.Queue) error {
+			_, err := queue.Extend(t.Context(), []outbox.Lease{{}}, lease)
+			return err
+		},
+		"settle": func(queue relay.Queue) error {
+			_, err := queue.Settle(t.Context(), []outbox.Settlement{{}})
+			return err
+		},
+	} {
+		path := filepath.Join(t.TempDir(), "journal")
+		j, err := ledger.Create(path)
+		require.NoError(t, err)
+		w := &ledger.Worker{Name: "w1", Journal: j}
+		ended := make(chan error, 1)
+		go func() { ended <- call(w.Queue(q)) }()
+		<-q.begun
+		troubles := func() (found []ledger.Trouble) {
+			records, err := ledger.Read(path)
+			require.NoError(t, err)
+			for _, r := range records {
+				if r.Trouble != nil {
+					found = append(found, *r.Trouble)
+				}
+			}
+			return found
+		}
+		require.Eventually(t, func() bool { return len(troubles()) == 1 }, 30*time.Second, 10*time.Millisecond)
+		q.let <- struct{}{}
+		require.NoError(t, <-ended)
+		got := troubles()
+		require.Len(t, got, 2)
+		require.Equal(t, name, got[0].Call)
+		require.Equal(t, "w1", got[0].Worker)
+		require.Zero(t, got[0].To)
+		require.True(t, got[0].From.Equal(got[1].From), "it is the same call")
+		require.True(t, got[1].To.After(got[1].From))
+		require.NoError(t, j.Close())
 	}
 }
 

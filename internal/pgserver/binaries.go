@@ -82,13 +82,12 @@ func startWith(ctx context.Context, inst installation, opts Options, program str
 			err = errors.Join(err, dir.remove())
 		}
 	}()
-	port, err := freePort()
-	if err != nil {
-		return nil, err
-	}
-
 	data := filepath.Join(dir.path, "data")
 	if err := dir.run(ctx, filepath.Join(inst.bin, program), append(makeArgs, "-D", data)...); err != nil {
+		return nil, err
+	}
+	port, err := freePort() // as late as can be: somebody else may take it
+	if err != nil {
 		return nil, err
 	}
 	args := []string{

@@ -330,7 +330,7 @@ func ExamplePool(ctx context.Context) (pool *pgxpool.Pool, drop func()) {
 	must(err)
 	return pool, func() {
 		pool.Close()
-		must(OnServer("DROP DATABASE " + name))
+		must(OnServer("DROP DATABASE " + name + " WITH (FORCE)"))
 	}
 }
 
