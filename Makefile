@@ -10,8 +10,8 @@
 # make images          what the tests need of Docker, without running them
 # make clean           removes all containers and images of the tests, running ones too
 #
-# Tests wait as much as they compute: PARALLEL (default 6) run at a time, of one package at a
-# time, as some need what they wait for soon. What says nothing about PostgreSQL (ONCE) runs
+# Tests wait as much as they compute: PARALLEL (default 6) run at a time, of one package of
+# HEAVY at a time, as some need what they wait for soon, and of two others. What says nothing about PostgreSQL (ONCE) runs
 # on the first of the versions only, and random sequences of calls are fewer on the others.
 #
 # The tests need Docker, or an installed PostgreSQL and PgBouncer. As root on a
@@ -29,7 +29,8 @@ TIMEOUT ?= 10m
 PARALLEL ?= 6
 HOLD ?= 15m
 GO ?= go
-GOTEST = $(GO) test -race -count=1 -p=1 -timeout=$(TIMEOUT) -parallel=$(PARALLEL)
+GOTEST = $(GO) test -race -count=1 -timeout=$(TIMEOUT) -parallel=$(PARALLEL)
+HEAVY = . ./outboxtest ./relay
 ONCE = ^Test(Protocol|Mutations|Torture_(finds|fails|says|takes|passes_a_sender)|Run$$|RunOnce$$|Shutdown$$|Check_|Survived|Worker_|Journal_|Server_(Crash|Restart|Pause|Stop_|StartPgBouncer)|Start_)
 LINT = $(GO) tool -modfile=$(CURDIR)/tools.mod golangci-lint run
 
@@ -40,10 +41,13 @@ MODULES = $(patsubst ./%/go.mod,%,$(shell find . -mindepth 2 -name go.mod -not -
 test:
 	@where=$$($(GO) run ./internal/pgserver/prepare $(PG)); \
 	if [ "$$where" != docker ]; then exec $(MAKE) --no-print-directory test-installed; fi; \
+	others=$$($(GO) list ./... | grep -vxF "$$($(GO) list $(HEAVY))"); \
 	failed=; skip=; checks=; \
 	for v in $(PG); do \
 	  echo "== PostgreSQL $$v"; \
-	  OUTBOX_TEST_POSTGRES=$$v OUTBOX_TEST_CHECKS=$$checks $(GOTEST) $$skip ./... || failed="$$failed $$v"; \
+	  for p in '-p=1 $(HEAVY)' "-p=2 $$others"; do \
+	    OUTBOX_TEST_POSTGRES=$$v OUTBOX_TEST_CHECKS=$$checks $(GOTEST) $$skip $$p || failed="$$failed $$v"; \
+	  done; \
 	  skip='-skip=$(ONCE)'; checks=25; \
 	done; \
 	$(MAKE) --no-print-directory test-modules || failed="$$failed modules"; \
@@ -53,7 +57,7 @@ test:
 test-installed: installed
 	@echo "== the installed PostgreSQL, without Docker"
 	@export OUTBOX_PG_BINARIES=1 OUTBOX_TEST_POSTGRES=; \
-	$(GOTEST) -tags installed ./...; \
+	$(GOTEST) -p=1 -tags installed ./...; \
 	$(MAKE) --no-print-directory test-modules
 
 # Builds, vets and tests each nested module, on the default version.
@@ -61,7 +65,7 @@ test-installed: installed
 test-modules:
 	@for m in $(MODULES); do \
 	  echo "== module $$m"; \
-	  (cd $$m && $(GO) build -o /dev/null ./... && $(GO) vet ./... && $(GOTEST) ./...); \
+	  (cd $$m && $(GO) build -o /dev/null ./... && $(GO) vet ./... && $(GOTEST) -p=1 ./...); \
 	done
 
 .PHONY: installed

@@ -194,15 +194,15 @@ func (s *PGStore) applyFile(ctx context.Context, tx pgx.Tx, f migrationFile) err
 	}
 }
 
-// explainMigration adds the detail of PostgreSQL's error, where a refused takeover
-// lists its reasons, and says where a right is missing.
+// explainMigration is explain for Migrate. It adds the detail of PostgreSQL's error, where a
+// refused takeover lists its reasons.
 func explainMigration(err error) error {
 	var pg *pgconn.PgError
 	errors.As(err, &pg)
 	if sqlState(err) == codeNoPrivilege {
 		err = setupError{err}
 	}
-	err = fmt.Errorf("outbox: migrate: %w", err)
+	err = fmt.Errorf("outbox: migrate: %s%w", meaning(sqlState(err)), err)
 	if pg != nil {
 		for _, more := range []string{pg.Detail, pg.Hint} {
 			if more != "" {

@@ -132,7 +132,7 @@ func sleep(ctx context.Context, d time.Duration) error {
 // PostgreSQL allows, what that means here. The PgError and ctx's errors stay
 // reachable.
 func (s *PGStore) explain(operation string, err error) error {
-	hint := ""
+	hint := meaning(sqlState(err))
 	switch sqlState(err) {
 	case codeNoTable:
 		hint = "there is no table " + s.table + ", run Migrate first: "
@@ -141,26 +141,13 @@ func (s *PGStore) explain(operation string, err error) error {
 		hint = "the table " + s.table + " is not migrated, run Migrate first: "
 		err = setupError{err}
 	case codeNoPrivilege:
-		hint = "the database role may not do this: "
 		err = setupError{err}
-	case codeReadOnly:
-		hint = "the transaction is read-only: "
-	case codeDiskFull:
-		hint = "the server's disk is full: "
 	case codeAborted:
 		hint = "an earlier error has aborted the transaction: "
 	case codeLockTimeout:
 		hint = "lock_timeout passed while another transaction held the row: "
 	case codeCancelled:
 		hint = "cancelled by statement_timeout or by request, perhaps while another transaction held the row: "
-	case codeNoLogin, codeWrongPassword, codeNoDatabase:
-		hint = "the server lets nobody in by what the pool is configured with: "
-	case codeTooManyConnections:
-		hint = "the server, the database or the role has no connection left: "
-	case codeTerminated:
-		hint = "an administrator ended the connection: "
-	case codeStarting:
-		hint = "the server is starting or shutting down: "
 	case codeSerializationFailure, codeDeadlock:
 		hint = "run the whole transaction again: "
 	}
@@ -168,6 +155,27 @@ func (s *PGStore) explain(operation string, err error) error {
 		hint = "the context ended before PostgreSQL answered, perhaps while others held a lock: "
 	}
 	return fmt.Errorf("outbox: %s: %s%w", operation, hint, err)
+}
+
+// meaning is what a code of PostgreSQL means to whatever call meets it. "" for others.
+func meaning(code string) string {
+	switch code {
+	case codeNoPrivilege:
+		return "the database role may not do this: "
+	case codeReadOnly:
+		return "the transaction is read-only: "
+	case codeDiskFull:
+		return "the server's disk is full: "
+	case codeNoLogin, codeWrongPassword, codeNoDatabase:
+		return "the server lets nobody in by what the pool is configured with: "
+	case codeTooManyConnections:
+		return "the server, the database or the role has no connection left: "
+	case codeTerminated:
+		return "an administrator ended the connection: "
+	case codeStarting:
+		return "the server is starting or shutting down: "
+	}
+	return ""
 }
 
 // setupError is an error in which errors.Is finds [ErrSetup].

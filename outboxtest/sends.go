@@ -151,6 +151,13 @@ func (w *watchedSender) Send(ctx context.Context, n outbox.Notification) (receip
 	return receipt, err
 }
 
+// bad reports whether there is something to complain about.
+func (ss *sends) bad() bool {
+	ss.mu.Lock()
+	defer ss.mu.Unlock()
+	return len(ss.complaints.kinds) > 0
+}
+
 // watchHeed waits for a Send to return, its ctx having ended. It waits in steps, of which a
 // process that stands still loses one: the Send stands still as well.
 func (ss *sends) watchHeed(s *send, returned <-chan struct{}) {

@@ -265,7 +265,6 @@ func (tt *torture) drain(ctx context.Context) {
 			return
 		}
 		tt.sends.mu.Lock()
-		bad := len(tt.sends.complaints.kinds) > 0
 		if now := tt.sends.succeeded; now != accepted {
 			progress, accepted = time.Now(), now
 		}
@@ -274,7 +273,7 @@ func (tt *torture) drain(ctx context.Context) {
 			tt.stuck = true
 			return
 		}
-		if bad && time.Since(began) > tt.patience/6 {
+		if tt.sends.bad() && time.Since(began) > tt.patience/6 {
 			return
 		}
 	}
@@ -462,7 +461,7 @@ func (tt *torture) inject(storm, ctx context.Context) {
 	began := time.Now()
 	enough := func() bool {
 		n, d := tt.injected(), time.Since(began)
-		return d >= tt.Duration && n >= enoughFaults || d >= 3*tt.Duration && n >= fewFaults
+		return d >= tt.Duration && n >= enoughFaults || d >= 3*tt.Duration && (n >= fewFaults || tt.sends.bad())
 	}
 	for n, cut := 1, 0; !enough() && pause(storm, time.Duration(10+r.IntN(30))*time.Millisecond) == nil; n++ {
 		// Not often: relays pause after it, and on a slow machine would do nothing else.

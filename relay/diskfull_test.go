@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
 	"github.com/stretchr/testify/require"
 
 	"github.com/seed3357934d/outbox"
@@ -19,6 +20,22 @@ import (
 
 // A disk of a bounded size takes a container, so the suite without Docker has none of
 // this: it is built with the tag installed.
+
+// allSQL is all that is in the table.
+const allSQL = "SELECT string_agg(n::text, '|' ORDER BY id) FROM outbox_notifications AS n"
+
+// fill fills the disk of the tablespace small, until the table ballast is dropped.
+func fill(t testing.TB, db *pgtest.DB) {
+	t.Helper()
+	db.MustExec(t, "CREATE TABLE ballast (filler text) TABLESPACE small")
+	db.MustExec(t, "ALTER TABLE ballast ALTER filler SET STORAGE PLAIN")
+	for filled := false; !filled; {
+		_, err := db.Exec(t.Context(), "INSERT INTO ballast SELECT repeat('x', 7000) FROM generate_series(1, 50)")
+		if filled = err != nil; filled {
+			require.Contains(t, err.Error(), "SQLSTATE 53100")
+		}
+	}
+}
 
 // TestDiskFull has the disk of the data, and that of the log, run full under load.
 func TestDiskFull(t *testing.T) {
@@ -55,14 +72,7 @@ func TestDiskFull(t *testing.T) {
 		run(t, newRelay(t, queue, p, relay.Config{Logger: log.logger()}))
 		accepting.await(t)
 
-		db.MustExec(t, "CREATE TABLE ballast (filler text) TABLESPACE small")
-		db.MustExec(t, "ALTER TABLE ballast ALTER filler SET STORAGE PLAIN")
-		for filled := false; !filled; {
-			_, err := db.Exec(t.Context(), "INSERT INTO ballast SELECT repeat('x', 7000) FROM generate_series(1, 50)")
-			if filled = err != nil; filled {
-				require.Contains(t, err.Error(), "SQLSTATE 53100")
-			}
-		}
+		fill(t, db)
 		// What is left in pages that are there is used up.
 		failed, added := error(nil), 2000
 		for failed == nil {
@@ -83,6 +93,67 @@ func TestDiskFull(t *testing.T) {
 		until(t, "all is settled", func() bool { return count(t, db, "status = 'pending'") == 0 })
 		require.NoError(t, book(t.Context(), db, added+1))
 		requireUnspent(t, db, p, added+1)
+	})
+
+	t.Run("of_data_fails_requeues_and_a_batch_of_a_purge_whole", func(t *testing.T) {
+		t.Parallel()
+		server, db := pgtest.StartServerWith(t, func(opts *pgserver.Options) { opts.SmallDisk = 8 << 20 })
+		require.NoError(t, server.Shell(t.Context(), "mkdir /small/data"))
+		db.MustExec(t, "CREATE TABLESPACE small LOCATION '/small/data'")
+		db.MustExec(t, "ALTER TABLE outbox_notifications SET TABLESPACE small")
+		const rows = 1000
+		db.MustExec(t, `INSERT INTO outbox_notifications (type, booking_id, payload_json, status, sent_at, sent_version)
+			SELECT 'reject', i, jsonb_build_object('filler', repeat('x', 500)), 'sent', now() - interval '2 days', 1 FROM generate_series(1, $1) AS i`, rows)
+		all := pgtest.One[string](t, db, allSQL)
+		fill(t, db)
+		keys := make([]outbox.Key, rows)
+		for i := range keys {
+			keys[i] = message(i + 1).Key()
+		}
+		old := outbox.PurgeOptions{OlderThan: 24 * time.Hour}
+		calls := []struct {
+			name string
+			call func() (int, error)
+		}{
+			{"requeue", func() (int, error) { return db.Store.Requeue(t.Context(), keys...) }},
+			{"requeue matching", func() (int, error) {
+				res, err := db.Store.RequeueMatching(t.Context(), outbox.Filter{Status: outbox.StatusSent})
+				return len(res), err
+			}},
+			{"purge", func() (int, error) { return db.Store.Purge(t.Context(), old) }},
+		}
+		for _, c := range calls {
+			n, err := c.call()
+			require.ErrorContains(t, err, "outbox: "+c.name+": ")
+			require.ErrorContains(t, err, "SQLSTATE 53100")
+			require.ErrorContains(t, err, "the server's disk is full")
+			require.False(t, outbox.IsRetryable(err))
+			require.Zero(t, n)
+			require.Equal(t, all, pgtest.One[string](t, db, allSQL))
+		}
+		// There is a way out without another disk: what is deleted takes no room.
+		old.Delete = true
+		n, err := db.Store.Purge(t.Context(), old)
+		require.NoError(t, err)
+		require.Equal(t, rows, n)
+	})
+
+	t.Run("of_data_fails_a_migration_whole", func(t *testing.T) {
+		t.Parallel()
+		server, db := pgtest.StartServerWith(t, func(opts *pgserver.Options) { opts.SmallDisk = 8 << 20 })
+		require.NoError(t, server.Shell(t.Context(), "mkdir /small/data"))
+		db.MustExec(t, "CREATE TABLESPACE small LOCATION '/small/data'")
+		fill(t, db)
+		pool := pgtest.NewPool(t, server.URL, func(cfg *pgxpool.Config) { cfg.ConnConfig.RuntimeParams["default_tablespace"] = "small" })
+		store, err := outbox.NewPGStore(pool, outbox.Config{Schema: "later", Logger: discard})
+		require.NoError(t, err)
+		err = store.Migrate(t.Context())
+		require.ErrorContains(t, err, "outbox: migrate: ")
+		require.ErrorContains(t, err, "SQLSTATE 53100")
+		require.ErrorContains(t, err, "the server's disk is full")
+		require.True(t, pgtest.One[bool](t, db, "SELECT to_regclass('later.outbox_notifications') IS NULL"))
+		db.MustExec(t, "DROP TABLE ballast")
+		require.NoError(t, store.Migrate(t.Context()))
 	})
 
 	t.Run("of_the_log_stops_the_server_and_loses_nothing", func(t *testing.T) {
