@@ -10,9 +10,10 @@
 # make images          what the tests need of Docker, without running them
 # make clean           removes all containers and images of the tests, running ones too
 #
-# Tests wait as much as they compute: PARALLEL (default 6) run at a time, of one package of
-# HEAVY at a time, as some need what they wait for soon, and of two others. What says nothing about PostgreSQL (ONCE) runs
-# on the first of the versions only, and random sequences of calls are fewer on the others.
+# Tests wait as much as they compute: PARALLEL (default 6) run at a time in a package. The
+# packages of HEAVY, where some need what they wait for soon, run one by one, then the others
+# two at a time. What says nothing about PostgreSQL (ONCE) runs on the first of the versions
+# only, and random sequences of calls are fewer on the others.
 #
 # The tests need Docker, or an installed PostgreSQL and PgBouncer. As root on a
 # system with apt-get, missing packages are installed where there is no Docker.
@@ -45,9 +46,11 @@ test:
 	failed=; skip=; checks=; \
 	for v in $(PG); do \
 	  echo "== PostgreSQL $$v"; \
+	  ok=1; \
 	  for p in '-p=1 $(HEAVY)' "-p=2 $$others"; do \
-	    OUTBOX_TEST_POSTGRES=$$v OUTBOX_TEST_CHECKS=$$checks $(GOTEST) $$skip $$p || failed="$$failed $$v"; \
+	    OUTBOX_TEST_POSTGRES=$$v OUTBOX_TEST_CHECKS=$$checks $(GOTEST) $$skip $$p || ok=; \
 	  done; \
+	  [ "$$ok" ] || failed="$$failed $$v"; \
 	  skip='-skip=$(ONCE)'; checks=25; \
 	done; \
 	$(MAKE) --no-print-directory test-modules || failed="$$failed modules"; \

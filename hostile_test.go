@@ -168,7 +168,7 @@ func TestHostileSearchPath(t *testing.T) {
 					_, err = pool.Exec(t.Context(), "SELECT type = pg_catalog.format('a') FROM public.outbox_notifications WHERE false")
 					require.Equal(t, "42501", sqlState(t, err), "the shadow is nearer")
 				}
-				useAll(t, pool, "", 0, 1, 2, 3)
+				useAll(t, pool, "")
 			})
 		}
 	}
@@ -194,8 +194,13 @@ func TestHostileSearchPath(t *testing.T) {
 	})
 }
 
-// useAll calls everything of a store, with each of the guesses.
+// useAll calls everything of a store, with each of the guesses; with all if none is given.
 func useAll(t *testing.T, pool *pgxpool.Pool, schema string, guesses ...int) {
+	if len(guesses) == 0 {
+		for guess := range outbox.Guesses {
+			guesses = append(guesses, guess)
+		}
+	}
 	ctx := t.Context()
 	inTx := func(fn func(tx pgx.Tx)) {
 		t.Helper()
@@ -346,7 +351,11 @@ func TestSchemaNames(t *testing.T) {
 			WHERE nspname = ANY ($1) AND relname = 'outbox_notifications'`, names))
 		for i, name := range names {
 			t.Run(name, func(t *testing.T) {
-				useAll(t, db.Pool, name, i%outbox.Guesses)
+				if strings.ContainsAny(name, "{$%:") { // what it can do depends on the statement
+					useAll(t, db.Pool, name)
+				} else {
+					useAll(t, db.Pool, name, i%outbox.Guesses)
+				}
 				store, err := outbox.NewPGStore(db.Pool, outbox.Config{Schema: name})
 				require.NoError(t, err)
 				stats, err := store.Stats(t.Context())

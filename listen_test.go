@@ -35,7 +35,7 @@ func TestListen(t *testing.T) {
 			select {
 			case <-woken:
 			case r := <-ended:
-				require.NoError(t, r.Err)
+				require.FailNow(t, "Listen has ended", "%v", r.Err)
 			}
 		}
 		awake()

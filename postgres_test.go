@@ -24,7 +24,8 @@ func TestMain(m *testing.M) {
 		panic(err)
 	}
 	seedGiven = flag.Lookup("rapid.seed").Value.String() != "0"
-	if checks := os.Getenv("OUTBOX_TEST_CHECKS"); checks != "" { // -rapid.checks would fail in packages without it
+	checks, given := os.Getenv("OUTBOX_TEST_CHECKS"), flag.Lookup("rapid.checks")
+	if checks != "" && given.Value.String() == given.DefValue { // -rapid.checks would fail in packages without it
 		if err := flag.Set("rapid.checks", checks); err != nil {
 			panic(err)
 		}
@@ -36,10 +37,9 @@ func TestMain(m *testing.M) {
 var seeding sync.Mutex
 
 // check is rapid.Check, which does 100 checks, or as many as -rapid.checks or
-// OUTBOX_TEST_CHECKS says. In CI they are
-// always the same, and begin with a seed of the test's own; else they are others in
-// every run. -rapid.seed goes before both. Rapid has one flag for all tests of the
-// process, and has read it when it first calls prop.
+// OUTBOX_TEST_CHECKS says. In CI they are always the same, and begin with a seed of the
+// test's own; else they are others in every run. -rapid.seed goes before both. Rapid has
+// one flag for all tests of the process, and has read it when it first calls prop.
 func check(t *testing.T, seed uint64, prop func(*rapid.T)) {
 	if os.Getenv("CI") == "" || seedGiven {
 		rapid.Check(t, prop)

@@ -12,6 +12,7 @@ import (
 	"os/signal"
 	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -64,8 +65,10 @@ type child struct {
 	spec
 	journal *ledger.Journal
 	pool    *pgxpool.Pool
-	count   atomic.Int64              // of the moment of the plan
-	last    atomic.Pointer[time.Time] // beat
+	count   atomic.Int64 // of the moment of the plan
+
+	beating sync.Mutex
+	last    time.Time // of beat; zero: none yet
 }
 
 // runChild is all that such a process does. It ends with its standard input, that is with the driver.
@@ -151,18 +154,20 @@ const beat = 50 * time.Millisecond
 
 // heartbeat notes when the machine let the process stand still, which nobody injected.
 func (c *child) heartbeat() {
-	for {
-		<-time.After(beat)
+	for ; ; <-time.After(beat) {
 		c.beat()
 	}
 }
 
 // beat notes a stall that is just over.
 func (c *child) beat() {
+	c.beating.Lock()
+	defer c.beating.Unlock()
 	now := time.Now()
-	if last := c.last.Swap(&now); last != nil && ledger.Between(*last, now) > 3*beat {
-		c.fault(ledger.Fault{Kind: "stall of a process", From: *last, Observed: true, Halts: true})
+	if !c.last.IsZero() && ledger.Between(c.last, now) > 3*beat {
+		c.fault(ledger.Fault{Kind: "stall of a process", From: c.last, Observed: true, Halts: true})
 	}
+	c.last = now
 }
 
 // fault notes a fault of this process that is just over.

@@ -30,6 +30,13 @@ type sends struct {
 	contradicted map[outbox.Key]bool
 }
 
+// bad reports whether there is something to complain about.
+func (ss *sends) bad() bool {
+	ss.mu.Lock()
+	defer ss.mu.Unlock()
+	return len(ss.complaints.kinds) > 0
+}
+
 // begun is how many there were.
 func (ss *sends) begun() int {
 	ss.mu.Lock()
@@ -149,13 +156,6 @@ func (w *watchedSender) Send(ctx context.Context, n outbox.Notification) (receip
 	receipt, err = w.sender.Send(ctx, n)
 	ended = true
 	return receipt, err
-}
-
-// bad reports whether there is something to complain about.
-func (ss *sends) bad() bool {
-	ss.mu.Lock()
-	defer ss.mu.Unlock()
-	return len(ss.complaints.kinds) > 0
 }
 
 // watchHeed waits for a Send to return, its ctx having ended. It waits in steps, of which a

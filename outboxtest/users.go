@@ -57,14 +57,15 @@ func (u *users) close(t testing.TB, pool *pgxpool.Pool) {
 	select {
 	case <-closed:
 	case <-timer.C:
-		if pool.Stat().AcquiredConns() == 0 { // nobody has one: it is closing them yet
-			select {
-			case <-closed:
-				return
-			case <-time.After(patience):
-			}
+		if left := u.report(); left != "" {
+			t.Errorf("outboxtest: the test has ended and has not released all connections of its pool:\n%s", left)
+			return
 		}
-		t.Errorf("outboxtest: the test has ended and has not released all connections of its pool:\n%s", u.report())
+		select { // nobody has one: it is still closing them
+		case <-closed:
+		case <-time.After(patience):
+			t.Errorf("outboxtest: the pool has not closed its connections in %v", closePatience+patience)
+		}
 	}
 }
 

@@ -21,9 +21,6 @@ import (
 // A disk of a bounded size takes a container, so the suite without Docker has none of
 // this: it is built with the tag installed.
 
-// allSQL is all that is in the table.
-const allSQL = "SELECT string_agg(n::text, '|' ORDER BY id) FROM outbox_notifications AS n"
-
 // fill fills the disk of the tablespace small, until the table ballast is dropped.
 func fill(t testing.TB, db *pgtest.DB) {
 	t.Helper()
@@ -104,6 +101,7 @@ func TestDiskFull(t *testing.T) {
 		const rows = 1000
 		db.MustExec(t, `INSERT INTO outbox_notifications (type, booking_id, payload_json, status, sent_at, sent_version)
 			SELECT 'reject', i, jsonb_build_object('filler', repeat('x', 500)), 'sent', now() - interval '2 days', 1 FROM generate_series(1, $1) AS i`, rows)
+		const allSQL = "SELECT string_agg(n::text, '|' ORDER BY id) FROM outbox_notifications AS n"
 		all := pgtest.One[string](t, db, allSQL)
 		fill(t, db)
 		keys := make([]outbox.Key, rows)

@@ -260,9 +260,11 @@ func (q *failingQueue) Claim(ctx context.Context, opts outbox.ClaimOptions) (out
 		bounded, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
 		defer cancel()
 		const ended = "SELECT NOT EXISTS (SELECT FROM pg_stat_activity WHERE wait_event = 'SyncRep')"
+		var askErr error
 		for over := false; !over && bounded.Err() == nil; time.Sleep(5 * time.Millisecond) {
-			err = errors.Join(err, q.pool.QueryRow(bounded, ended).Scan(&over))
+			askErr = q.pool.QueryRow(bounded, ended).Scan(&over)
 		}
+		err = errors.Join(err, askErr)
 		q.failed.Add(1)
 	}
 	return res, err

@@ -304,7 +304,7 @@ func TestPoison(t *testing.T) {
 // it tries anew what may have been committed.
 func addSteadily(t testing.TB, db *pgtest.DB, n int) (stop func() int) {
 	ctx, cancel := context.WithCancel(context.Background())
-	var added atomic.Int64
+	added := 0
 	var enough atomic.Bool
 	var adder sync.WaitGroup
 	adder.Go(func() {
@@ -312,7 +312,7 @@ func addSteadily(t testing.TB, db *pgtest.DB, n int) (stop func() int) {
 			bounded, cancel := context.WithTimeout(ctx, 2*time.Second)
 			if _, err := db.TryAdd(bounded, message(i)); err == nil {
 				i++
-				added.Add(1)
+				added++
 			}
 			cancel()
 		}
@@ -321,7 +321,7 @@ func addSteadily(t testing.TB, db *pgtest.DB, n int) (stop func() int) {
 	return func() int {
 		enough.Store(true)
 		adder.Wait()
-		return int(added.Load())
+		return added
 	}
 }
 
@@ -359,7 +359,7 @@ func TestServerFaults(t *testing.T) {
 				require.NoError(t, fault(server, t.Context()))
 			}
 			n := stop()
-			pgtest.Reset(t, db.Pool)
+			untilSettledAfterCuts(t, db)
 			requireUnspent(t, db, p, n)
 		})
 	}
@@ -381,7 +381,7 @@ func TestServerFaults(t *testing.T) {
 			require.NoError(t, err)
 		}
 		n := stop()
-		pgtest.Reset(t, db.Pool)
+		untilSettledAfterCuts(t, db)
 		requireUnspent(t, db, p, n)
 	})
 
@@ -403,6 +403,17 @@ func TestServerFaults(t *testing.T) {
 		}
 		requireUnspent(t, db, p, stop())
 	})
+}
+
+// untilSettledAfterCuts is untilSettled on a pool whose connections may have been cut. Only
+// when the relays have settled everything are those closed that nobody has used since.
+func untilSettledAfterCuts(t testing.TB, db *pgtest.DB) {
+	t.Helper()
+	until(t, "all is settled", func() bool {
+		n, err := pgxCount(t, db)
+		return err == nil && n == 0
+	})
+	pgtest.Reset(t, db.Pool)
 }
 
 // pgxCount counts pending rows on a pool whose connections may just have been cut.

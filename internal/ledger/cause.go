@@ -13,7 +13,14 @@ type Trouble struct {
 	Call   string    `json:"call"` // "renew" or "settle"
 	Text   string    `json:"text"`
 	From   time.Time `json:"from"`
-	To     time.Time `json:"to"` // zero: it took long and was under way yet
+	To     time.Time `json:"to"` // zero: it took long and was still under way
+}
+
+// hasEnded says whether t, which was under way, is among all once more with its end.
+func (t Trouble) hasEnded(all []Trouble) bool {
+	return slices.ContainsFunc(all, func(end Trouble) bool {
+		return end.Worker == t.Worker && end.Call == t.Call && end.From.Equal(t.From) && !end.To.IsZero()
+	})
 }
 
 // slow is from when on a call is noted; [Check] ignores what is short beside the lease.
@@ -76,9 +83,11 @@ type span struct{ from, to time.Time }
 // renew failed it, and when a fault hit the message itself.
 func (c *checker) hindrances(a Accept) []span {
 	var spans []span
+	killed := false
 	for _, f := range c.faults[a.Worker] {
 		switch {
 		case f.Kills:
+			killed = true
 			spans = append(spans, span{f.From, forever})
 		case f.Halts:
 			spans = append(spans, span{f.From, f.end()})
@@ -98,8 +107,8 @@ func (c *checker) hindrances(a Accept) []span {
 	outages := make(map[string]outage)
 	for _, t := range troubles {
 		if t.To.IsZero() {
-			if !slices.ContainsFunc(troubles, func(end Trouble) bool { return end.Call == t.Call && end.From.Equal(t.From) && !end.To.IsZero() }) {
-				spans = append(spans, span{t.From, forever}) // it was killed in it
+			if killed && !t.hasEnded(troubles) {
+				spans = append(spans, span{t.From, forever}) // in it
 			}
 			continue
 		}

@@ -71,7 +71,8 @@ func TestCheck_blames_a_worker_that_nothing_kept_from_settling(t *testing.T) {
 		{"though_a_message_of_another_worker_was_hit", again, []ledger.Record{hit(130, 200, func(f *ledger.Fault) { message(f); f.Worker = "w3" })}, "nothing kept it"},
 		{"unless_each_of_its_calls_failed", again, []ledger.Record{trouble("no answer", 130, 430), trouble("no answer", 500, 800)}, ""},
 		{"unless_it_was_killed_in_a_call", again, []ledger.Record{underWay(130), hit(900, 900, kills)}, ""},
-		{"though_a_call_took_long_that_ended", again, []ledger.Record{underWay(130), trouble("", 130, 330)}, "between 12:00:00.380000 and 12:00:01.105000"},
+		{"though_a_call_was_under_way_and_it_was_not_killed", again, []ledger.Record{underWay(130)}, "nothing kept it"},
+		{"though_a_call_took_long_that_ended", again, []ledger.Record{underWay(130), trouble("", 130, 330), hit(2000, 2000, kills)}, "between 12:00:00.380000 and 12:00:01.105000"},
 		{"though_a_call_failed_and_none_was_made_again", again, []ledger.Record{trouble("no answer", 130, 430)}, "between 12:00:00.480000 and 12:00:01.105000"},
 		{"though_calls_failed_in_any_order", again, []ledger.Record{trouble("no answer", 900, 1000), trouble("no answer", 130, 300)}, "between 12:00:00.350000 and 12:00:00.900000"},
 		{"unless_its_pauses_grew_with_the_failures", again, []ledger.Record{

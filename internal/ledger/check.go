@@ -166,6 +166,9 @@ func (h History) Of(key outbox.Key, id int64) []string {
 		}
 	}
 	for _, t := range troubles {
+		if t.To.IsZero() && t.hasEnded(troubles) {
+			continue
+		}
 		if workers[t.Worker] && !t.From.After(last) && (t.To.IsZero() || !t.To.Before(first)) {
 			add(t.From, "trouble of %s to %s, took %s: %s", t.Worker, t.Call, span(t.From, t.To), t.Text)
 		}

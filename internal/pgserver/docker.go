@@ -375,6 +375,15 @@ func containerOptions(host, port string, program ...string) []testcontainers.Con
 	}
 }
 
+// isNear says whether one of this machine's interfaces is in the network of ip.
+func isNear(ip string) bool {
+	addrs, err := net.InterfaceAddrs()
+	return err == nil && slices.ContainsFunc(addrs, func(a net.Addr) bool {
+		n, ok := a.(*net.IPNet)
+		return ok && !n.IP.IsLoopback() && n.Contains(net.ParseIP(ip))
+	})
+}
+
 func isLoopback(host string) bool { return host == "localhost" || host == "127.0.0.1" }
 
 // waitForLog has a container be started when it has logged that line so many times.
@@ -401,15 +410,15 @@ func endpointURL(endpoint string) string {
 	return "postgres://postgres@" + endpoint + "/postgres?sslmode=disable"
 }
 
-// directURL returns the URL of the container's own address, or published where that leads
-// to nobody, as with a virtual machine between, or to somebody else.
+// directURL returns the URL of the container's own address, or published where its network
+// is none of this machine's, as with a virtual machine between, or another of that address.
 func directURL(ctx context.Context, c testcontainers.Container, published string) string {
 	ip, err := c.ContainerIP(ctx)
-	if err != nil || ip == "" {
+	if err != nil || !isNear(ip) {
 		return published
 	}
 	direct := endpointURL(net.JoinHostPort(ip, "5432"))
-	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
 	defer cancel()
 	const identity = "SELECT system_identifier FROM pg_control_system()"
 	want, err := ask[int64](ctx, published, identity)
