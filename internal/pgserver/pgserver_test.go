@@ -97,6 +97,30 @@ func TestStart(t *testing.T) {
 	require.NoError(t, s.Stop(), "a second call")
 }
 
+func TestStart_direct(t *testing.T) {
+	t.Parallel()
+	opts := options(t)
+	opts.Direct = true
+	one, other := start(t, opts), start(t, options(t))
+	connect(t, one.URL)
+	d, ok := one.runs.(*dockerServer)
+	if !ok { // it is of this machine anyway
+		return
+	}
+	ip, err := d.c.ContainerIP(t.Context())
+	require.NoError(t, err)
+	require.Equal(t, isNear(ip), strings.Contains(one.URL, "@"+ip+":5432/"), one.URL)
+	// One that is not the server which was published.
+	require.Equal(t, other.URL, directURL(t.Context(), d.c, other.URL))
+}
+
+func TestIsNear(t *testing.T) {
+	t.Parallel()
+	require.False(t, isNear(""))
+	require.False(t, isNear("127.0.0.1"), "of a container, that is its own")
+	require.False(t, isNear("224.0.0.1"), "multicast, which is nobody's own")
+}
+
 func TestStart_on_disk(t *testing.T) {
 	t.Parallel()
 	opts := options(t)
