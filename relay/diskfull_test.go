@@ -21,6 +21,15 @@ import (
 // A disk of a bounded size takes a container, so the suite without Docker has none of
 // this: it is built with the tag installed.
 
+// startOnSmallDisk starts a server with a tablespace small, of 8 MiB.
+func startOnSmallDisk(t testing.TB) (*pgserver.Server, *pgtest.DB) {
+	t.Helper()
+	server, db := pgtest.StartServerWith(t, func(opts *pgserver.Options) { opts.SmallDisk = 8 << 20 })
+	require.NoError(t, server.Shell(t.Context(), "mkdir /small/data"))
+	db.MustExec(t, "CREATE TABLESPACE small LOCATION '/small/data'")
+	return server, db
+}
+
 // fill fills the disk of the tablespace small, until the table ballast is dropped.
 func fill(t testing.TB, db *pgtest.DB) {
 	t.Helper()
@@ -50,10 +59,8 @@ func TestDiskFull(t *testing.T) {
 
 	t.Run("of_data_fails_adds_with_their_bookings_and_loses_nothing", func(t *testing.T) {
 		t.Parallel()
-		server, db := pgtest.StartServerWith(t, func(opts *pgserver.Options) { opts.SmallDisk = 8 << 20 })
-		require.NoError(t, server.Shell(t.Context(), "mkdir /small/data"))
+		_, db := startOnSmallDisk(t)
 		db.MustExec(t, "CREATE TABLE bookings (id int)")
-		db.MustExec(t, "CREATE TABLESPACE small LOCATION '/small/data'")
 		db.MustExec(t, "ALTER TABLE outbox_notifications SET TABLESPACE small")
 		db.MustExec(t, "ALTER TABLE outbox_notifications SET (autovacuum_enabled = off)") // which would make room
 
@@ -94,9 +101,7 @@ func TestDiskFull(t *testing.T) {
 
 	t.Run("of_data_fails_requeues_and_a_batch_of_a_purge_whole", func(t *testing.T) {
 		t.Parallel()
-		server, db := pgtest.StartServerWith(t, func(opts *pgserver.Options) { opts.SmallDisk = 8 << 20 })
-		require.NoError(t, server.Shell(t.Context(), "mkdir /small/data"))
-		db.MustExec(t, "CREATE TABLESPACE small LOCATION '/small/data'")
+		_, db := startOnSmallDisk(t)
 		db.MustExec(t, "ALTER TABLE outbox_notifications SET TABLESPACE small")
 		const rows = 1000
 		db.MustExec(t, `INSERT INTO outbox_notifications (type, booking_id, payload_json, status, sent_at, sent_version)
@@ -138,9 +143,7 @@ func TestDiskFull(t *testing.T) {
 
 	t.Run("of_data_fails_a_migration_whole", func(t *testing.T) {
 		t.Parallel()
-		server, db := pgtest.StartServerWith(t, func(opts *pgserver.Options) { opts.SmallDisk = 8 << 20 })
-		require.NoError(t, server.Shell(t.Context(), "mkdir /small/data"))
-		db.MustExec(t, "CREATE TABLESPACE small LOCATION '/small/data'")
+		server, db := startOnSmallDisk(t)
 		fill(t, db)
 		pool := pgtest.NewPool(t, server.URL, func(cfg *pgxpool.Config) { cfg.ConnConfig.RuntimeParams["default_tablespace"] = "small" })
 		store, err := outbox.NewPGStore(pool, outbox.Config{Schema: "later", Logger: discard})

@@ -13,6 +13,7 @@ import (
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
+	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
 	"github.com/seed3357934d/outbox"
@@ -250,6 +251,7 @@ func all(t testing.TB, store *outbox.PGStore) (rows []outbox.Notification) {
 // before that, one holds what it has found, and a repeat would find nothing.
 type failingQueue struct {
 	*outbox.PGStore
+	t      testing.TB
 	pool   *pgxpool.Pool
 	failed atomic.Int64
 }
@@ -257,14 +259,11 @@ type failingQueue struct {
 func (q *failingQueue) Claim(ctx context.Context, opts outbox.ClaimOptions) (outbox.ClaimResult, error) {
 	res, err := q.PGStore.Claim(ctx, opts)
 	if err != nil {
-		bounded, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
-		defer cancel()
-		const ended = "SELECT NOT EXISTS (SELECT FROM pg_stat_activity WHERE wait_event = 'SyncRep')"
-		var askErr error
-		for over := false; !over && bounded.Err() == nil; time.Sleep(5 * time.Millisecond) {
-			askErr = q.pool.QueryRow(bounded, ended).Scan(&over)
-		}
-		err = errors.Join(err, askErr)
+		assert.Eventually(q.t, func() bool {
+			var ended bool
+			askErr := q.pool.QueryRow(context.WithoutCancel(ctx), "SELECT NOT EXISTS (SELECT FROM pg_stat_activity WHERE wait_event = 'SyncRep')").Scan(&ended)
+			return askErr == nil && ended
+		}, patience, 5*time.Millisecond, "the claim does not end on the server")
 		q.failed.Add(1)
 	}
 	return res, err
@@ -279,7 +278,7 @@ func TestStandbyStalls_and_nothing_is_sent_nor_an_attempt_spent(t *testing.T) {
 	const rows = 20
 	addMany(t, pair.DB, rows)
 	resume := pgtest.Pause(t, pair.Standby)
-	p, q := &provider{}, &failingQueue{PGStore: pair.Store, pool: pair.Pool}
+	p, q := &provider{}, &failingQueue{PGStore: pair.Store, t: t, pool: pair.Pool}
 	run(t, newRelay(t, q, p, relay.Config{Lease: 6 * time.Second, PollInterval: 100 * time.Millisecond, Delivery: relay.AtMostOnce, Logger: discard}))
 	until(t, "claims have no answer", func() bool { return q.failed.Load() > 1 })
 	require.Equal(t, rows, count(t, pair.DB, held))
