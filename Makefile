@@ -69,7 +69,7 @@ test-installed: installed
 test-modules:
 	@for m in $(MODULES); do \
 	  echo "== module $$m"; \
-	  (cd $$m && $(GO) build -o /dev/null ./... && $(GO) vet ./... && $(GOTEST) -p=1 ./...); \
+	  (cd $$m && $(GO) build -o /dev/null ./... && $(GO) vet ./... && $(GOTEST) -timeout=20m -p=1 ./...); \
 	done
 
 .PHONY: installed

@@ -36,7 +36,7 @@ func TestTroubles(t *testing.T) {
 			store, err := outbox.NewPGStore(pool, outbox.Config{Logger: discard})
 			require.NoError(t, err)
 			end := begin()
-			ctx, cancel := context.WithTimeout(t.Context(), time.Minute) // nothing takes that long
+			ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute) // all together take a few seconds
 			defer cancel()
 
 			// meets calls until the trouble is met: what is cut off is told so once.
@@ -252,13 +252,13 @@ func TestDeadlocks(t *testing.T) {
 		db.Add(t, rejected)
 		store, err := outbox.NewPGStore(pgtest.NewPool(t, db.URL, func(cfg *pgxpool.Config) {
 			cfg.MaxConns = 1
-			cfg.ConnConfig.RuntimeParams["deadlock_timeout"] = "3s" // when it looks, once: the circle has to be closed by then
+			cfg.ConnConfig.RuntimeParams["deadlock_timeout"] = "10s" // when it looks, once: the circle has to be closed by then
 		}), outbox.Config{Logger: discard})
 		require.NoError(t, err)
 		_, err = store.Claim(t.Context(), outbox.ClaimOptions{Limit: 1, Lease: time.Microsecond}) // its statements are prepared
 		require.NoError(t, err)
 		other := db.MustBegin(t)
-		_, err = other.Exec(t.Context(), "SET LOCAL deadlock_timeout = '30s'") // so that the claim is the one that ends
+		_, err = other.Exec(t.Context(), "SET LOCAL deadlock_timeout = '1min'") // so that the claim is the one that ends
 		require.NoError(t, err)
 		_, err = other.Exec(t.Context(), "LOCK TABLE outbox_notifications")
 		require.NoError(t, err)

@@ -435,18 +435,24 @@ func TestRequeue(t *testing.T) {
 		first, second := outbox.NewNotification{Type: "a", BookingID: 1, CandidateTgID: 1}, outbox.NewNotification{Type: "b", BookingID: 1}
 		db.AddMany(t, first, second)
 		deliver(t, db, outbox.Delivered)
-		store, err := outbox.NewPGStore(pgtest.NewPool(t, db.URL, func(cfg *pgxpool.Config) {
-			cfg.ConnConfig.RuntimeParams["deadlock_timeout"] = "3s" // when it looks, once: the circle has to be closed by then
-		}), outbox.Config{Logger: discard})
-		require.NoError(t, err)
+		db.MustExec(t, `CREATE FUNCTION gate() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+				PERFORM pg_advisory_xact_lock(1);
+				RETURN NEW;
+			END $$;
+			CREATE TRIGGER gate BEFORE UPDATE ON outbox_notifications FOR EACH ROW WHEN (OLD.type = 'a') EXECUTE FUNCTION gate()`)
 		caller := db.MustBegin(t)
-		_, err = caller.Exec(t.Context(), "SET LOCAL deadlock_timeout = '30s'") // so that the other is the victim
+		_, err := caller.Exec(t.Context(), "SET LOCAL deadlock_timeout = '1min'") // so that the other is the victim
 		require.NoError(t, err)
 		_, err = db.Store.AddNotification(t.Context(), caller, second)
 		require.NoError(t, err)
-		requeued := pgtest.Later(func() (int, error) { return store.Requeue(t.Context(), first.Key(), second.Key()) })
-		db.WaitBlocked(t, 1)
-		_, err = db.Store.AddNotification(t.Context(), caller, first)
+		// A wait is looked at once, after a while: that of the requeue has to close the circle.
+		open := closeGate(t, db)
+		requeued := pgtest.Later(func() (int, error) { return db.Store.Requeue(t.Context(), first.Key(), second.Key()) })
+		db.WaitBlocked(t, 1) // with the lock of the first
+		added := pgtest.Later(func() (outbox.AddResult, error) { return db.Store.AddNotification(t.Context(), caller, first) })
+		db.WaitBlocked(t, 2)
+		open()
+		_, err = pgtest.Await(t, added)
 		require.NoError(t, err)
 		require.NoError(t, caller.Commit(t.Context()))
 		count, err := pgtest.Await(t, requeued)

@@ -104,7 +104,7 @@ func TestPurge(t *testing.T) {
 		slim.Payload, slim.LastError, slim.Receipt = nil, "", ""
 		require.Equal(t, slim, db.Get(t, n.Key()))
 		require.True(t, pgtest.One[bool](t, db, `SELECT num_nulls(payload_json, last_error, receipt) = 3
-			AND purged_at > now() - interval '1 minute' FROM outbox_notifications`))
+			AND purged_at > now() - interval '1 hour' FROM outbox_notifications`))
 
 		before := rowText(t, db, slim.ID)
 		n.Payload = "other"
@@ -149,7 +149,7 @@ func TestPurge(t *testing.T) {
 			for what, set := range map[string]string{
 				"sent":                 "status = 'sent', sent_at = now() - interval '1 day'",
 				"sent of another type": "status = 'sent', sent_at = now() - interval '1 year', type = 'other'",
-				"sent later":           "status = 'sent', sent_at = now() - interval '1 day' + interval '1 minute'",
+				"sent later":           "status = 'sent', sent_at = now() - interval '1 day' + interval '1 hour'",
 				"sent by another":      "status = 'sent', sent_at = NULL",
 				"sent in future":       "status = 'sent', sent_at = 'infinity'",
 				"pending":              "status = 'pending', sent_at = " + longAgo,

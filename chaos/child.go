@@ -12,7 +12,6 @@ import (
 	"os/signal"
 	"strconv"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -67,8 +66,7 @@ type child struct {
 	pool    *pgxpool.Pool
 	count   atomic.Int64 // of the moment of the plan
 
-	beating sync.Mutex
-	last    time.Time // of beat; zero: none yet
+	pulse pulse
 }
 
 // runChild is all that such a process does. It ends with its standard input, that is with the driver.
@@ -150,8 +148,6 @@ func (c *child) hold(d time.Duration) {
 	c.fault(ledger.Fault{Kind: "pool exhausted", From: from})
 }
 
-const beat = 50 * time.Millisecond
-
 // heartbeat notes when the machine let the process stand still, which nobody injected.
 func (c *child) heartbeat() {
 	for ; ; <-time.After(beat) {
@@ -161,13 +157,9 @@ func (c *child) heartbeat() {
 
 // beat notes a stall that is just over.
 func (c *child) beat() {
-	c.beating.Lock()
-	defer c.beating.Unlock()
-	now := time.Now()
-	if !c.last.IsZero() && ledger.Between(c.last, now) > 3*beat {
-		c.fault(ledger.Fault{Kind: "stall of a process", From: c.last, Observed: true, Halts: true})
-	}
-	c.last = now
+	c.pulse.beat(func(from time.Time) {
+		c.fault(ledger.Fault{Kind: "stall of a process", From: from, Observed: true, Halts: true})
+	})
 }
 
 // fault notes a fault of this process that is just over.
@@ -200,6 +192,7 @@ func (c *child) due(name string) bool {
 // strike carries out the plan.
 func (c *child) strike(name string) {
 	self := os.Getpid()
+	c.beat() // nobody may, if this is the first to wake from a stall
 	if c.Plan.Freeze > 0 {
 		// The driver notes it: it knows when it is over.
 		fmt.Printf("freeze %d %s %s\n", c.Plan.Freeze.Milliseconds(), c.Role, name)
@@ -208,7 +201,6 @@ func (c *child) strike(name string) {
 		}
 		return
 	}
-	c.beat() // nobody will, and this may be the first to wake from a stall
 	c.fault(ledger.Fault{Kind: "kill -9 of a " + c.Role + " " + name, Kills: true})
 	if err := syscall.Kill(self, syscall.SIGKILL); err != nil {
 		panic(err)

@@ -58,6 +58,13 @@ func (s *standIn) close() error {
 	return err
 }
 
+// busy reports whether it has accepted a message.
+func (s *standIn) busy() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.count > 0
+}
+
 func (s *standIn) failed(err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()

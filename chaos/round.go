@@ -62,6 +62,7 @@ type round struct {
 	bookers      []*slot
 	serializable []bool // bookers, by index
 
+	pulse      pulse
 	breaking   sync.Mutex // the server
 	background sync.WaitGroup
 	stopping   chan struct{} // closed when no fault is to last any longer
@@ -266,6 +267,8 @@ func (r *round) play(ctx context.Context, rng *rand.Rand) {
 	watching, stopWatching := context.WithCancel(ctx)
 	var watch sync.WaitGroup
 	watch.Go(func() { r.watchServer(watching) })
+	watch.Go(func() { r.heartbeat(watching) })
+	r.awaitAccept(ctx)
 	limited, cancel := context.WithTimeout(ctx, r.opts.length)
 	defer cancel()
 	if r.opts.failover != nil {
@@ -293,6 +296,32 @@ func (r *round) play(ctx context.Context, rng *rand.Rand) {
 		s.end(15 * time.Second)
 	}
 	r.background.Wait()
+}
+
+// heartbeat keeps the pulse of this process.
+func (r *round) heartbeat(ctx context.Context) {
+	ticks := time.NewTicker(beat)
+	defer ticks.Stop()
+	for ctx.Err() == nil {
+		r.pulse.beat(func(time.Time) {})
+		select {
+		case <-ticks.C:
+		case <-ctx.Done():
+		}
+	}
+}
+
+// startPatience is how long it may take until a message is accepted.
+const startPatience = 30 * time.Second
+
+// awaitAccept waits until the processes are at work: a round is about what happens to
+// them then, however long it took to start them.
+func (r *round) awaitAccept(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, startPatience)
+	defer cancel()
+	for ctx.Err() == nil && !r.provider.busy() {
+		<-time.After(10 * time.Millisecond)
+	}
 }
 
 // drainPatience is for how long a drain may make no progress. All that is pending is due

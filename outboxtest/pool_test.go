@@ -32,6 +32,7 @@ import (
 //	databases of killed processes stay        TestDatabaseURL
 //	databases of all processes dropped        TestDatabaseURL
 //	a pool is closed without a time limit     TestNewPool/a_connection_..., hangs
+//	a slow close counts as a leak             TestNewPool/does_not_blame_...
 //	every row counts as written               TestRequireAdded_is_about_this_transaction
 //	one outbox of several is looked into      TestRequireAdded_looks_into_every_schema
 //	what the role may not read is looked into TestRequireAdded_looks_into_every_schema
@@ -177,6 +178,21 @@ func TestNewPool(t *testing.T) {
 		require.False(t, exists(name), "it is dropped all the same")
 		_ = tx.Rollback(t.Context())
 		rows.Close()
+	})
+
+	t.Run("does_not_blame_the_test_for_a_slow_close", func(t *testing.T) {
+		t.Parallel()
+		cfg := NewPool(t).Config()
+		u := watchUsers(cfg)
+		released := cfg.BeforeClose
+		cfg.BeforeClose = func(conn *pgx.Conn) {
+			released(conn)
+			<-time.After(closePatience + time.Second)
+		}
+		pool, err := pgxpool.NewWithConfig(t.Context(), cfg)
+		require.NoError(t, err)
+		require.NoError(t, pool.Ping(t.Context()))
+		require.Empty(t, told(t, func(f testing.TB) { u.close(f, pool) }))
 	})
 
 	t.Run("says_that_it_was_DATABASE_URL", func(t *testing.T) {

@@ -240,13 +240,21 @@ func (s *server) drop(ctx context.Context, name string) error {
 	return s.exec(ctx, "DROP DATABASE IF EXISTS "+name+" WITH (FORCE)")
 }
 
+// exec repeats what is refused as a database is in use: PostgreSQL waits 5 s for those who
+// are leaving it, and a busy machine may take longer to let them go.
 func (s *server) exec(ctx context.Context, sql string) error {
 	conn, err := pgx.Connect(ctx, s.url)
 	if err != nil {
 		return err
 	}
 	defer conn.Close(ctx)
-	_, err = conn.Exec(ctx, sql)
+	for range 3 {
+		_, err = conn.Exec(ctx, sql)
+		var pg *pgconn.PgError
+		if inUse := errors.As(err, &pg) && pg.Code == "55006"; !inUse {
+			break
+		}
+	}
 	return err
 }
 

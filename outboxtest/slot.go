@@ -132,8 +132,9 @@ func (s *slot) hook(ctx context.Context, l *life, m ledger.Moment) error {
 	now := time.Now()
 	if !freeze {
 		l.worker.Die()
+		died := time.Now()
 		s.mu.Unlock()
-		s.fault(ledger.Fault{Kind: "died " + string(m), Worker: l.worker.Name, From: now})
+		s.fault(ledger.Fault{Kind: "died " + string(m), Worker: l.worker.Name, From: now, To: died})
 		l.cancel()
 		return ledger.ErrDead
 	}

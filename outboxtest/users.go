@@ -69,7 +69,7 @@ func (u *users) close(t testing.TB, pool *pgxpool.Pool) {
 	}
 }
 
-// report says who has the connections that are left.
+// report says who has the connections that are left, "" if there are none.
 func (u *users) report() string {
 	u.mu.Lock()
 	defer u.mu.Unlock()
@@ -80,6 +80,9 @@ func (u *users) report() string {
 			state = "rows not read to their end or closed"
 		}
 		all = append(all, fmt.Sprintf("%s (%s)", callers(calls), cmp.Or(state, "in use")))
+	}
+	if len(all) == 0 {
+		return ""
 	}
 	slices.Sort(all)
 	return "  " + strings.Join(all, "\n  ")

@@ -391,7 +391,8 @@ func TestServerFaults(t *testing.T) {
 		const rows, lease = 1000, 4 * time.Second
 		p := &provider{}
 		var log logBook
-		run(t, newRelay(t, db.Store, p, relay.Config{BatchSize: 20, Concurrency: 2, Lease: lease, Logger: log.logger()}))
+		q := &patientQueue{PGStore: db.Store, repeat: lease}
+		run(t, newRelay(t, q, p, relay.Config{BatchSize: 20, Concurrency: 2, Lease: lease, Logger: log.logger()}))
 		stop := addSteadily(t, db, rows)
 		for i := range 2 {
 			progress(t, p)
@@ -403,6 +404,22 @@ func TestServerFaults(t *testing.T) {
 		}
 		requireUnspent(t, db, p, stop())
 	})
+}
+
+// patientQueue gives the repeat of a claim as long as it says: a second one without an
+// answer would be given up, and spend an attempt of its rows.
+type patientQueue struct {
+	*outbox.PGStore
+	repeat time.Duration
+}
+
+func (q *patientQueue) Claim(ctx context.Context, opts outbox.ClaimOptions) (outbox.ClaimResult, error) {
+	if opts.Repeated {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(context.WithoutCancel(ctx), q.repeat)
+		defer cancel()
+	}
+	return q.PGStore.Claim(ctx, opts)
 }
 
 // untilSettledAfterCuts is untilSettled on a pool whose connections may have been cut. Only

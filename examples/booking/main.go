@@ -88,7 +88,7 @@ func onDatabase(ctx context.Context, url string, stdout io.Writer, report func(e
 	schema := pgx.Identifier{name}.Sanitize()
 	// Neither statement may be cut off by ctx: it would be unknown what is there.
 	exec := func(sql string) error {
-		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 30*time.Second)
 		defer cancel()
 		_, err := pool.Exec(ctx, sql)
 		return err

@@ -158,7 +158,7 @@ func (d *demo) connect(ctx context.Context, opts options) (stop func(), err erro
 
 // exec runs a statement that ctx does not cut off: it would be unknown what is there.
 func (d *demo) exec(ctx context.Context, sql string) error {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 30*time.Second)
 	defer cancel()
 	_, err := d.pool.Exec(ctx, sql)
 	return err

@@ -31,6 +31,23 @@ func returned() ledger.History {
 	return h
 }
 
+// lateAgain is again, where the first worker sent after the end of its lease.
+func lateAgain() ledger.History {
+	h := again()
+	h.Records[2].Accept.At, h.Records[2].Accept.Begun = at(1500), at(1490)
+	return h
+}
+
+// lateAfterFailover is lateAgain, in what an asynchronous failover at that time has left.
+func lateAfterFailover(caughtUp, promoted int) func() ledger.History {
+	return func() ledger.History {
+		h := lateAgain()
+		h.Booked = []ledger.Commit{*h.Records[0].Commit}
+		h, _ = h.Survived(ledger.Failover{CaughtUp: at(caughtUp), Promoted: at(promoted)})
+		return h
+	}
+}
+
 func trouble(text string, from, to int) ledger.Record {
 	return ledger.Record{Trouble: &ledger.Trouble{Worker: "w1", Call: "settle", Text: text, From: at(from), To: at(to)}}
 }
@@ -79,16 +96,8 @@ func TestCheck_blames_a_worker_that_nothing_kept_from_settling(t *testing.T) {
 			trouble("refused", 130, 131), trouble("refused", 180, 181), trouble("refused", 280, 281), trouble("refused", 480, 481),
 		}, ""},
 		{"though_one_call_failed_early_and_one_late", again, []ledger.Record{trouble("refused", 130, 131), trouble("refused", 1000, 1001)}, "between 12:00:00.181000 and 12:00:01.000000"},
-		{"if_it_did_not_renew_the_lease_before_it_sent", func() ledger.History {
-			h := again()
-			h.Records[2].Accept.At, h.Records[2].Accept.Begun = at(1500), at(1490)
-			return h
-		}, nil, "nothing kept it from renewing it between 12:00:00.105000 and 12:00:01.105000"},
-		{"unless_it_could_not_renew_the_lease_before_it_sent", func() ledger.History {
-			h := again()
-			h.Records[2].Accept.At, h.Records[2].Accept.Begun = at(1500), at(1490)
-			return h
-		}, []ledger.Record{trouble("no answer", 500, 1100)}, ""},
+		{"if_it_did_not_renew_the_lease_before_it_sent", lateAgain, nil, "nothing kept it from renewing it between 12:00:00.105000 and 12:00:01.105000"},
+		{"unless_it_could_not_renew_the_lease_before_it_sent", lateAgain, []ledger.Record{trouble("no answer", 500, 1100)}, ""},
 		{"if_it_let_a_lease_end_that_it_had_renewed", func() ledger.History {
 			h := again()
 			renewed := row(outbox.StatusPending, 1, 0, 1, 1700)
@@ -118,6 +127,9 @@ func TestCheck_blames_a_worker_that_nothing_kept_from_settling(t *testing.T) {
 			}
 			return h
 		}, nil, ""},
+		{"unless_a_failover_may_have_lost_that_it_renewed_the_lease", lateAfterFailover(200, 300), nil, ""},
+		{"if_it_did_not_renew_a_lease_that_had_ended_before_a_failover", lateAfterFailover(1200, 1300), nil, "nothing kept it from renewing it"},
+		{"if_it_did_not_renew_a_lease_of_after_a_failover", lateAfterFailover(50, 60), nil, "nothing kept it from renewing it"},
 		{"though_it_did_after_a_halt_before_the_send", returned, []ledger.Record{hit(50, 100, halts)}, "settled the first as not delivered"},
 		{"though_calls_failed_that_were_well_in_between", again, []ledger.Record{
 			trouble("refused", 130, 131), trouble("refused", 190, 191), trouble("refused", 450, 451),
@@ -137,11 +149,15 @@ func TestCheck_blames_a_worker_that_nothing_kept_from_settling(t *testing.T) {
 			h.Watched = false
 			return h
 		}, nil, ""},
+		{"unless_it_was_killed_and_sent_before_it_was_dead", func() ledger.History {
+			return history{twice()}.with(hit(95, 95, kills)).History
+		}, nil, ""},
 		{"but_nobody_if_the_only_fault_began_after_the_claim", func() ledger.History {
 			h := history{twice()}.with(fault("", outbox.Key{}, 2111, 2111)).History
 			h.Records[4].Accept.Begun = at(2115)
 			return h
 		}, nil, "and nothing happened to w1"},
+		{"but_nobody_if_it_was_killed_after_the_claim", twice, []ledger.Record{hit(2111, 2111, kills)}, "and nothing happened to w1"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			t.Parallel()

@@ -37,7 +37,9 @@ type History struct {
 	// worker says so. With Changes it is then known whether a worker was kept from settling.
 	Watched bool
 
-	unsettled map[int64][]string // tokens by row: their settlements were acknowledged, and lost; see Survived
+	// Set by Survived.
+	failedOver *Failover
+	unsettled  map[int64][]string // tokens by row: their settlements were acknowledged, and lost
 
 	Drained bool // the relays went on until nothing was left to deliver
 }
@@ -566,8 +568,10 @@ func (c *checker) rule(a, b Accept) ruling {
 	explained, injected := false, false
 	until := c.claimedBy(b)
 	for _, f := range slices.Concat(c.faults[a.Worker], c.faults[""], c.onKey[a.Key]) {
+		// Who is killed may go on for a moment after the kill was noted.
+		kill := f.Kills && f.Worker == a.Worker && !f.From.After(until)
 		// A fault of one message hits who sends it; a row that is locked hits everybody.
-		if f.overlaps(a.start(), until) && (f.Worker == "" || f.Worker == a.Worker || !f.Message) {
+		if (kill || f.overlaps(a.start(), until)) && (f.Worker == "" || f.Worker == a.Worker || !f.Message) {
 			explained, injected = true, injected || !f.Observed
 		}
 	}

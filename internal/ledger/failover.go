@@ -160,7 +160,7 @@ func (h History) Survived(f Failover) (History, Losses) {
 	}
 	// Their begins tell nothing of a caller that died, and held a row.
 	kept = slices.DeleteFunc(kept, func(r Record) bool { return r.Commit != nil && r.Commit.To.IsZero() && gone[attemptOf(r.Commit)] })
-	h.Records, h.unsettled = kept, unsettled
+	h.Records, h.unsettled, h.failedOver = kept, unsettled, &f
 	for _, r := range kept {
 		if r.Accept == nil {
 			continue

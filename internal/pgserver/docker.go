@@ -418,7 +418,7 @@ func directURL(ctx context.Context, c testcontainers.Container, published string
 		return published
 	}
 	direct := endpointURL(net.JoinHostPort(ip, "5432"))
-	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
 	const identity = "SELECT system_identifier FROM pg_control_system()"
 	want, err := ask[int64](ctx, published, identity)

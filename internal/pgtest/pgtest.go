@@ -25,6 +25,7 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgxpool"
 	"github.com/stretchr/testify/require"
 	"go.uber.org/goleak"
@@ -135,13 +136,20 @@ var admin = sync.OnceValues(func() (*pgxpool.Pool, error) {
 	return pgxpool.NewWithConfig(context.Background(), cfg)
 })
 
-// OnServer runs a statement on the shared server outside any test's database.
+// OnServer runs a statement on the shared server outside any test's database. PostgreSQL
+// waits 5 s for those who still use a database that it names, which is repeated.
 func OnServer(sql string) error {
 	pool, err := admin()
 	if err != nil {
 		return err
 	}
-	_, err = pool.Exec(context.Background(), sql)
+	for range 3 {
+		_, err = pool.Exec(context.Background(), sql)
+		var pg *pgconn.PgError
+		if inUse := errors.As(err, &pg) && pg.Code == "55006"; !inUse {
+			break
+		}
+	}
 	return err
 }
 
@@ -462,7 +470,7 @@ func (db *DB) WaitBlocked(t testing.TB, n int) {
 	require.Eventually(t, func() bool {
 		return One[int](t, db, `SELECT count(*) FROM pg_stat_activity
 			WHERE datname = current_database() AND wait_event_type = 'Lock'`) >= n
-	}, patience, time.Millisecond, "no session came to wait for a lock")
+	}, 4*patience, time.Millisecond, "no session came to wait for a lock") // Migrate waits at times only
 }
 
 // Result is what a call gave.

@@ -1,0 +1,46 @@
+package main
+
+import (
+	"sync"
+	"time"
+
+	"github.com/seed3357934d/outbox/internal/ledger"
+)
+
+const (
+	beat = 50 * time.Millisecond
+	// awake is how long a process may take, after a stall of the machine, to note it.
+	awake = time.Second
+)
+
+// pulse tells a process when it has stood still, which nobody injected.
+type pulse struct {
+	mu       sync.Mutex
+	last     time.Time // beat; zero: none yet
+	from, to time.Time // of the last stall
+}
+
+// beat calls stalled if the process stood still until now. No other beat returns before
+// that has.
+func (p *pulse) beat(stalled func(from time.Time)) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	now := time.Now()
+	if !p.last.IsZero() && ledger.Between(p.last, now) > 3*beat {
+		p.from, p.to = p.last, now
+		stalled(p.last)
+	}
+	p.last = now
+}
+
+// since is from when on a process may have stood still that is hit now: it is now, or the
+// begin of a stall of the machine which that process has perhaps not lived to note.
+func (p *pulse) since() time.Time {
+	p.beat(func(time.Time) {})
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.last.Sub(p.to) < awake {
+		return p.from
+	}
+	return p.last
+}
