@@ -27,7 +27,7 @@ SHELL := /bin/bash
 PG ?= 15 17 18
 # Not for some time: at the end of it Go 1.26 may fail by itself, https://go.dev/issue/75804.
 FUZZTIME ?= 100000x
-TIMEOUT ?= 10m
+TIMEOUT ?= 20m
 PARALLEL ?= 6
 HOLD ?= 15m
 GO ?= go
@@ -69,7 +69,7 @@ test-installed: installed
 test-modules:
 	@for m in $(MODULES); do \
 	  echo "== module $$m"; \
-	  (cd $$m && $(GO) build -o /dev/null ./... && $(GO) vet ./... && $(GOTEST) -timeout=20m -p=1 ./...); \
+	  (cd $$m && $(GO) build -o /dev/null ./... && $(GO) vet ./... && $(GOTEST) -p=1 ./...); \
 	done
 
 .PHONY: installed

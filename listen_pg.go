@@ -35,7 +35,7 @@ func (s *PGStore) notify(ctx context.Context, db queryRower) error {
 
 const listenCheck = 30 * time.Second // between two signs of life
 
-var probeTime = 5 * time.Second // for a NOTIFY of our own to arrive; tests have more
+var probeTime = 5 * time.Second // for a NOTIFY of our own to arrive; the tests of this package have more
 
 // Listen calls wake whenever a store with [Config].Notify on the same schema has added
 // something, and once when it has begun to listen, as it does not know what was added

@@ -192,7 +192,7 @@ func (c *child) due(name string) bool {
 // strike carries out the plan.
 func (c *child) strike(name string) {
 	self := os.Getpid()
-	c.beat() // nobody may, if this is the first to wake from a stall
+	c.beat() // the heartbeat may not get to it, if this is the first to wake from a stall
 	if c.Plan.Freeze > 0 {
 		// The driver notes it: it knows when it is over.
 		fmt.Printf("freeze %d %s %s\n", c.Plan.Freeze.Milliseconds(), c.Role, name)

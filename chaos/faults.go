@@ -90,10 +90,7 @@ func milliseconds(rng *rand.Rand, from, to int) time.Duration {
 func (r *round) kill(s *slot) func() {
 	return func() {
 		if l := s.current(); l != nil {
-			from := r.pulse.since()
-			if s.signal(l, syscall.SIGKILL) {
-				r.note(ledger.Fault{Kind: "kill -9 of a " + s.role, Worker: l.name, From: from, Kills: true})
-			}
+			s.kill(l, ledger.Fault{Kind: "kill -9 of a " + s.role})
 		}
 	}
 }

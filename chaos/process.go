@@ -71,8 +71,8 @@ func (s *slot) reroute(stuck *proxy) error {
 		return err
 	}
 	s.proxy = px
-	if l := s.life; l != nil && s.signal(l, syscall.SIGKILL) {
-		s.r.note(ledger.Fault{Kind: "kill -9 of a " + s.role + " with a stuck proxy", Worker: l.name, Observed: true, Kills: true})
+	if l := s.life; l != nil {
+		s.kill(l, ledger.Fault{Kind: "kill -9 of a " + s.role + " with a stuck proxy", Observed: true})
 	}
 	return nil
 }
@@ -234,6 +234,19 @@ func (s *slot) signal(l *life, sig syscall.Signal) bool {
 	return l.cmd.Process.Signal(sig) == nil
 }
 
+// kill kills a process that lives, and notes it.
+func (s *slot) kill(l *life, f ledger.Fault) {
+	stalled := s.r.pulse.stalled()
+	f.Worker, f.From, f.Kills = l.name, time.Now(), true
+	if !s.signal(l, syscall.SIGKILL) {
+		return
+	}
+	if !stalled.IsZero() {
+		s.r.note(ledger.Fault{Kind: "stall of a process", Worker: l.name, From: stalled, Observed: true, Halts: true})
+	}
+	s.r.note(f)
+}
+
 // current is the process that lives now, if any.
 func (s *slot) current() *life {
 	s.mu.Lock()
@@ -264,8 +277,7 @@ func (s *slot) end(patience time.Duration) {
 				if calm { // nothing happens to it that could keep it
 					s.r.fail(fmt.Errorf("%s did not end within %v of SIGTERM", l.name, patience))
 				}
-				s.r.note(ledger.Fault{Kind: "kill -9 of a " + s.role + " that did not end", Worker: l.name, Observed: true, Kills: true})
-				s.signal(l, syscall.SIGKILL)
+				s.kill(l, ledger.Fault{Kind: "kill -9 of a " + s.role + " that did not end", Observed: true})
 			}
 			<-over
 			return

@@ -10,7 +10,7 @@ import (
 const (
 	beat = 50 * time.Millisecond
 	// awake is how long a process may take, after a stall of the machine, to note it.
-	awake = time.Second
+	awake = 6 * beat
 )
 
 // pulse tells a process when it has stood still, which nobody injected.
@@ -33,14 +33,14 @@ func (p *pulse) beat(stalled func(from time.Time)) {
 	p.last = now
 }
 
-// since is from when on a process may have stood still that is hit now: it is now, or the
-// begin of a stall of the machine which that process has perhaps not lived to note.
-func (p *pulse) since() time.Time {
+// stalled is when a stall began of which a process that is hit now may not have come to tell;
+// zero: there was none.
+func (p *pulse) stalled() time.Time {
 	p.beat(func(time.Time) {})
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.last.Sub(p.to) < awake {
-		return p.from
+	if p.last.Sub(p.to) >= awake {
+		return time.Time{}
 	}
-	return p.last
+	return p.from
 }

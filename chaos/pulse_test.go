@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -19,23 +20,41 @@ func TestPulse_tells_a_stall_from_what_came_before_and_after(t *testing.T) {
 				p.beat(func(from time.Time) { stalls = append(stalls, from) })
 			}
 		}
-		require.Equal(t, time.Now(), p.since(), "before the first beat")
+		require.Zero(t, p.stalled(), "before the first beat")
 		beats(10, beat)
 		require.Empty(t, stalls)
-		require.Equal(t, time.Now(), p.since())
+		require.Zero(t, p.stalled())
 
 		from := time.Now()
 		<-time.After(2 * time.Second)
-		require.Equal(t, from, p.since(), "the first to notice")
+		require.Equal(t, from, p.stalled(), "the first to notice")
 		require.Empty(t, stalls)
-		beats(10, beat)
-		require.Equal(t, from, p.since(), "others may not have noted it")
+		beats(3, beat)
+		require.Equal(t, from, p.stalled(), "others may not have noted it")
 		beats(int(awake/beat), beat)
-		require.Equal(t, time.Now(), p.since())
+		require.Zero(t, p.stalled())
 
 		from = time.Now()
 		beats(1, time.Second)
 		require.Equal(t, []time.Time{from}, stalls)
-		require.Equal(t, from, p.since())
+		require.Equal(t, from, p.stalled())
+	})
+}
+
+func TestHeartbeat_finds_no_stall_where_there_is_none(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		ctx, stop := context.WithCancel(t.Context())
+		var r round
+		r.pulse.beat(func(time.Time) {})
+		beating := make(chan struct{})
+		go func() {
+			defer close(beating)
+			r.heartbeat(ctx)
+		}()
+		<-time.After(time.Minute + beat/2)
+		require.Zero(t, r.pulse.stalled())
+		stop()
+		<-beating
 	})
 }

@@ -18,6 +18,7 @@ import (
 
 	"github.com/seed3357934d/outbox"
 	"github.com/seed3357934d/outbox/internal/ledger"
+	"github.com/seed3357934d/outbox/internal/pgserver"
 	"github.com/seed3357934d/outbox/relay"
 )
 
@@ -195,8 +196,7 @@ func (o options) onServer(sql string) error {
 		return err
 	}
 	defer conn.Close(ctx)
-	_, err = conn.Exec(ctx, sql)
-	return err
+	return pgserver.Exec(ctx, conn, sql)
 }
 
 func (r *round) createDatabase(ctx context.Context) (name string, err error) {

@@ -198,10 +198,10 @@ func (s *server) makeTemplate(ctx context.Context) error {
 	if err := migrate(ctx, s.urlOf(name)); err != nil {
 		return err
 	}
-	_, err = s.claim.Exec(ctx, "ALTER DATABASE "+name+" RENAME TO "+s.template)
+	err = pgserver.Exec(ctx, s.claim, "ALTER DATABASE "+name+" RENAME TO "+s.template)
 	var pg *pgconn.PgError
 	if errors.As(err, &pg) && pg.Code == "42P04" { // by a process whose URL names another database, where locks are others
-		_, err = s.claim.Exec(ctx, "DROP DATABASE "+name)
+		err = pgserver.Exec(ctx, s.claim, "DROP DATABASE "+name)
 	}
 	return err
 }
@@ -240,22 +240,13 @@ func (s *server) drop(ctx context.Context, name string) error {
 	return s.exec(ctx, "DROP DATABASE IF EXISTS "+name+" WITH (FORCE)")
 }
 
-// exec repeats what is refused as a database is in use: PostgreSQL waits 5 s for those who
-// are leaving it, and a busy machine may take longer to let them go.
 func (s *server) exec(ctx context.Context, sql string) error {
 	conn, err := pgx.Connect(ctx, s.url)
 	if err != nil {
 		return err
 	}
 	defer conn.Close(ctx)
-	for range 3 {
-		_, err = conn.Exec(ctx, sql)
-		var pg *pgconn.PgError
-		if inUse := errors.As(err, &pg) && pg.Code == "55006"; !inUse {
-			break
-		}
-	}
-	return err
+	return pgserver.Exec(ctx, conn, sql)
 }
 
 // urlOf returns the URL of another database, or the same in the keyword=value form.

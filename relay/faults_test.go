@@ -388,11 +388,10 @@ func TestServerFaults(t *testing.T) {
 	t.Run("a_pause_longer_than_a_lease_loses_nothing_and_spends_no_attempts", func(t *testing.T) {
 		t.Parallel()
 		server, db := pgtest.StartServer(t)
-		const rows, lease = 1000, 4 * time.Second
+		const rows, lease = 1000, 9 * time.Second // a repeated claim has a third of it
 		p := &provider{}
 		var log logBook
-		q := &patientQueue{PGStore: db.Store, repeat: lease}
-		run(t, newRelay(t, q, p, relay.Config{BatchSize: 20, Concurrency: 2, Lease: lease, Logger: log.logger()}))
+		run(t, newRelay(t, db.Store, p, relay.Config{BatchSize: 20, Concurrency: 2, Lease: lease, Logger: log.logger()}))
 		stop := addSteadily(t, db, rows)
 		for i := range 2 {
 			progress(t, p)
@@ -404,22 +403,6 @@ func TestServerFaults(t *testing.T) {
 		}
 		requireUnspent(t, db, p, stop())
 	})
-}
-
-// patientQueue gives the repeat of a claim as long as it says: a second one without an
-// answer would be given up, and spend an attempt of its rows.
-type patientQueue struct {
-	*outbox.PGStore
-	repeat time.Duration
-}
-
-func (q *patientQueue) Claim(ctx context.Context, opts outbox.ClaimOptions) (outbox.ClaimResult, error) {
-	if opts.Repeated {
-		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeout(context.WithoutCancel(ctx), q.repeat)
-		defer cancel()
-	}
-	return q.PGStore.Claim(ctx, opts)
 }
 
 // untilSettledAfterCuts is untilSettled on a pool whose connections may have been cut. Only

@@ -820,12 +820,17 @@ type wokenQueue struct {
 }
 
 func (q *wokenQueue) Listen(ctx context.Context, wake func()) error {
-	return q.PGStore.Listen(ctx, func() {
-		q.mu.Lock()
-		q.wakes++
-		q.mu.Unlock()
-		wake()
-	})
+	for {
+		err := q.PGStore.Listen(ctx, func() {
+			q.mu.Lock()
+			q.wakes++
+			q.mu.Unlock()
+			wake()
+		})
+		if !errors.Is(err, outbox.ErrNoNotifications) { // the relay would not listen for long
+			return err
+		}
+	}
 }
 
 func (q *wokenQueue) Claim(ctx context.Context, opts outbox.ClaimOptions) (outbox.ClaimResult, error) {
@@ -834,9 +839,11 @@ func (q *wokenQueue) Claim(ctx context.Context, opts outbox.ClaimOptions) (outbo
 		return outbox.ClaimResult{}, nil
 	}
 	r, err := q.PGStore.Claim(ctx, opts)
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	q.looked = wakes
+	if err == nil {
+		q.mu.Lock()
+		defer q.mu.Unlock()
+		q.looked = wakes
+	}
 	return r, err
 }
 

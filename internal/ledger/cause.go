@@ -50,8 +50,8 @@ func (c *checker) neglected(a Accept) string {
 	from, most, what := a.At, c.Lease/2, "settling"
 	if a.At.After(l.to) { // it had ended before: nobody renewed it
 		from, most, what = l.written, c.Lease*3/4, "renewing it"
-		if f := c.failedOver; f != nil && l.written.Before(f.Promoted) && l.to.After(f.CaughtUp) {
-			return "" // it may have been renewed, and that be lost
+		if f := c.failedOver; f != nil { // it may have been renewed, and that be lost
+			kept = append(kept, span{f.CaughtUp, f.Promoted})
 		}
 	}
 	for _, free := range gaps(from, l.to, kept) {

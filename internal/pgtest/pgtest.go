@@ -25,7 +25,6 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5"
-	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgxpool"
 	"github.com/stretchr/testify/require"
 	"go.uber.org/goleak"
@@ -136,21 +135,13 @@ var admin = sync.OnceValues(func() (*pgxpool.Pool, error) {
 	return pgxpool.NewWithConfig(context.Background(), cfg)
 })
 
-// OnServer runs a statement on the shared server outside any test's database. PostgreSQL
-// waits 5 s for those who still use a database that it names, which is repeated.
+// OnServer runs a statement on the shared server outside any test's database.
 func OnServer(sql string) error {
 	pool, err := admin()
 	if err != nil {
 		return err
 	}
-	for range 3 {
-		_, err = pool.Exec(context.Background(), sql)
-		var pg *pgconn.PgError
-		if inUse := errors.As(err, &pg) && pg.Code == "55006"; !inUse {
-			break
-		}
-	}
-	return err
+	return pgserver.Exec(context.Background(), pool, sql)
 }
 
 var names atomic.Int64
@@ -470,7 +461,7 @@ func (db *DB) WaitBlocked(t testing.TB, n int) {
 	require.Eventually(t, func() bool {
 		return One[int](t, db, `SELECT count(*) FROM pg_stat_activity
 			WHERE datname = current_database() AND wait_event_type = 'Lock'`) >= n
-	}, 4*patience, time.Millisecond, "no session came to wait for a lock") // Migrate waits at times only
+	}, 4*patience, time.Millisecond, "no session came to wait for a lock") // Migrate gives up its wait by lock_timeout, and pauses
 }
 
 // Result is what a call gave.
