@@ -62,8 +62,7 @@ func (b *bench) createDatabase(ctx context.Context, serverURL string) (stop func
 			return err
 		}
 		defer pool.Close()
-		_, err = pool.Exec(ctx, sql)
-		return err
+		return pgserver.Exec(ctx, pool, sql)
 	}
 	name := fmt.Sprintf("outbox_bench_%d_%d", os.Getpid(), time.Now().UnixMilli())
 	if err := onServer(ctx, "CREATE DATABASE "+name); err != nil {

@@ -32,7 +32,7 @@ import (
 //	results dropped on a settle error       TestServerFaults
 //	claim without Except                    TestServerFaults/a_pause_…
 //	another token for a repeated claim      TestServerFaults/a_pause_…
-//	claims repeated without an answer       TestServerFaults/a_pause_…, in one run of six
+//	claims repeated without an answer       TestServerFaults/a_pause_…, in nine runs of twelve
 //	suspects not kept apart                 TestPoison/in_a_batch_with_others
 
 // workerVariable has the test binary be a worker: a process with a relay, to be

@@ -67,8 +67,7 @@ func TestTools(t *testing.T) {
 			conn, err := pgx.Connect(ctx, server.URL)
 			require.NoError(t, err)
 			defer conn.Close(context.Background())
-			_, err = conn.Exec(ctx, fmt.Sprintf("CREATE DATABASE %s", pgx.Identifier{name}.Sanitize()))
-			require.NoError(t, err)
+			require.NoError(t, pgserver.Exec(ctx, conn, fmt.Sprintf("CREATE DATABASE %s", pgx.Identifier{name}.Sanitize())))
 			cfg, err := pgxpool.ParseConfig(server.URL)
 			require.NoError(t, err)
 			cfg.ConnConfig.Database = name

@@ -38,9 +38,9 @@ func startInstalled(ctx context.Context, opts Options) (*Server, error) {
 	return onFreePort(func() (*Server, error) { return startInstallation(ctx, inst, opts) })
 }
 
-// onFreePort starts a server, up to three times: a port that was free a moment ago may be
+// onFreePort starts something that listens, up to three times: a port that was free a moment ago may be
 // taken by now.
-func onFreePort(start func() (*Server, error)) (*Server, error) {
+func onFreePort[T any](start func() (T, error)) (T, error) {
 	for attempt := 1; ; attempt++ {
 		s, err := start()
 		if err == nil || attempt == 3 || !strings.Contains(err.Error(), "Address already in use") {
@@ -142,7 +142,15 @@ func (s *installedServer) start(ctx context.Context) (version string, err error)
 }
 
 func (s *installedServer) startPgBouncer(ctx context.Context) (string, func() error, error) {
-	return startInstalledPgBouncer(ctx, s.port, s.opts.Logf)
+	type bouncer struct {
+		url  string
+		stop func() error
+	}
+	b, err := onFreePort(func() (b bouncer, err error) {
+		b.url, b.stop, err = startInstalledPgBouncer(ctx, s.port, s.opts.Logf)
+		return b, err
+	})
+	return b.url, b.stop, err
 }
 
 func (s *installedServer) startStandby(ctx context.Context, name string) (*Server, error) {

@@ -391,7 +391,7 @@ func isLoopback(host string) bool { return host == "localhost" || host == "127.0
 // testcontainers does, starts processes there time and again, which costs more than the
 // server's own start.
 func waitForLog(line string, times int) testcontainers.CustomizeRequestOption {
-	return testcontainers.WithWaitStrategy(wait.ForLog(line).WithOccurrence(times))
+	return testcontainers.WithWaitStrategyAndDeadline(startTimeout, wait.ForLog(line).WithOccurrence(times).WithStartupTimeout(startTimeout))
 }
 
 // containerURL waits until the server that listens on the container's port is
@@ -418,7 +418,7 @@ func directURL(ctx context.Context, c testcontainers.Container, published string
 		return published
 	}
 	direct := endpointURL(net.JoinHostPort(ip, "5432"))
-	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
 	const identity = "SELECT system_identifier FROM pg_control_system()"
 	want, err := ask[int64](ctx, published, identity)
@@ -436,7 +436,7 @@ func failedContainer(ctx context.Context, c testcontainers.Container, err error)
 	if reflect.ValueOf(c).IsNil() { // it was not even created
 		return err
 	}
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Minute)
 	defer cancel()
 	if r, logErr := c.Logs(ctx); logErr == nil {
 		output, _ := io.ReadAll(r) // part of a log is better than none

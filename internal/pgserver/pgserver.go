@@ -33,7 +33,7 @@ import (
 const defaultVersion = "17"
 
 // startTimeout bounds the wait for a server that was started to accept connections.
-const startTimeout = time.Minute
+const startTimeout = 3 * time.Minute
 
 // ErrUnavailable is returned, wrapped, by [Start] where neither Docker nor an
 // installed PostgreSQL can be used. The error names the command that helps.
@@ -219,7 +219,11 @@ func waitReady(ctx context.Context, url string, exited <-chan struct{}) (version
 	defer cancel()
 	for pause := 5 * time.Millisecond; ; pause = min(2*pause, 200*time.Millisecond) {
 		if version, err = serverVersion(ctx, url); err == nil {
-			return version, nil
+			select {
+			case <-exited: // somebody else has its port
+			default:
+				return version, nil
+			}
 		}
 		select {
 		case <-exited:

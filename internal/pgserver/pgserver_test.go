@@ -200,8 +200,7 @@ func TestServer_StartPgBouncer(t *testing.T) {
 	direct := connect(t, s.URL)
 	_, err := direct.Exec(t.Context(), "CREATE ROLE recruiter LOGIN")
 	require.NoError(t, err)
-	_, err = direct.Exec(t.Context(), "CREATE DATABASE booking")
-	require.NoError(t, err)
+	require.NoError(t, Exec(t.Context(), direct, "CREATE DATABASE booking"))
 
 	began := time.Now()
 	url, stop, err := s.StartPgBouncer(t.Context())
