@@ -371,8 +371,7 @@ func TestDatabaseURL(t *testing.T) {
 			if name == "" {
 				sql = "DROP ROLE " + role
 			}
-			_, err := conn.Exec(context.Background(), sql)
-			require.NoError(t, err)
+			require.NoError(t, pgserver.Exec(context.Background(), conn, sql))
 		}
 	})
 	u, err := url.Parse(s.url)

@@ -279,7 +279,7 @@ func TestPoison(t *testing.T) {
 			deaths := 0
 			for w := (*process)(nil); count(t, db, "status = 'pending'") > 0; {
 				if w == nil {
-					w = startWorker(t, p, workerSpec{URL: db.URL, Lease: shortLease, BatchSize: batch, Attempts: attempts, DieOf: poison.Type})
+					w = startWorker(t, p, workerSpec{URL: db.URL, Lease: 2 * shortLease, BatchSize: batch, Attempts: attempts, DieOf: poison.Type})
 				}
 				select {
 				case <-w.exited:
@@ -309,7 +309,9 @@ func addSteadily(t testing.TB, db *pgtest.DB, n int) (stop func() int) {
 	var adder sync.WaitGroup
 	adder.Go(func() {
 		for i := 1; (i <= n || !enough.Load()) && ctx.Err() == nil; {
-			bounded, cancel := context.WithTimeout(ctx, 2*time.Second)
+			// Longer than a server stands still: to add a row again just as it goes on would lock
+			// it, and a claim that is repeated then would pass it over.
+			bounded, cancel := context.WithTimeout(ctx, patience)
 			if _, err := db.TryAdd(bounded, message(i)); err == nil {
 				i++
 				added++
