@@ -241,10 +241,13 @@ func (s *slot) kill(l *life, f ledger.Fault) {
 	if !s.signal(l, syscall.SIGKILL) {
 		return
 	}
+	f.To = time.Now()
+	records := []ledger.Record{{Fault: &f}}
 	if !stalled.IsZero() {
-		s.r.note(ledger.Fault{Kind: "stall of a process", Worker: l.name, From: stalled, Observed: true, Halts: true})
+		records = append(records, ledger.Record{Fault: &ledger.Fault{
+			Kind: "stall of a process", Worker: l.name, From: stalled, To: f.To, Observed: true, Halts: true}})
 	}
-	s.r.note(f)
+	s.r.write(records...)
 }
 
 // current is the process that lives now, if any.

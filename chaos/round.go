@@ -267,7 +267,9 @@ func (r *round) play(ctx context.Context, rng *rand.Rand) {
 	watching, stopWatching := context.WithCancel(ctx)
 	var watch sync.WaitGroup
 	watch.Go(func() { r.watchServer(watching) })
-	watch.Go(func() { r.heartbeat(watching) })
+	beating, stopBeating := context.WithCancel(context.WithoutCancel(ctx))
+	var heart sync.WaitGroup
+	heart.Go(func() { r.heartbeat(beating) })
 	r.awaitAccept(ctx)
 	limited, cancel := context.WithTimeout(ctx, r.opts.length)
 	defer cancel()
@@ -295,6 +297,8 @@ func (r *round) play(ctx context.Context, rng *rand.Rand) {
 	for _, s := range r.workers {
 		s.end(15 * time.Second)
 	}
+	stopBeating() // after the last kill, for which it tells of stalls
+	heart.Wait()
 	r.background.Wait()
 }
 

@@ -105,7 +105,7 @@ type Fault struct {
 
 	Message bool `json:"message,omitempty"` // it hit Worker's sends of Key alone
 
-	Kills bool `json:"kills,omitempty"` // Worker ended at From, or a moment later
+	Kills bool `json:"kills,omitempty"` // Worker was being ended from From on: it may do something yet
 	Halts bool `json:"halts,omitempty"` // Worker stood still, from From to To
 
 	Observed bool `json:"observed,omitempty"` // nobody injected it, such as a stall of the machine

@@ -38,8 +38,8 @@ func startInstalled(ctx context.Context, opts Options) (*Server, error) {
 	return onFreePort(func() (*Server, error) { return startInstallation(ctx, inst, opts) })
 }
 
-// onFreePort starts something that listens, up to three times: a port that was free a moment ago may be
-// taken by now.
+// onFreePort starts something that listens, up to three times: a port that was free a
+// moment ago may be taken by now.
 func onFreePort[T any](start func() (T, error)) (T, error) {
 	for attempt := 1; ; attempt++ {
 		s, err := start()

@@ -7,9 +7,9 @@ import (
 	"github.com/jackc/pgx/v5/pgconn"
 )
 
-// Exec runs a statement that nobody may use a database for, such as DROP DATABASE WITH
-// (FORCE). PostgreSQL gives connections that are closing 5 s to be gone, which is too short
-// for a busy machine, and fails with 55006: it is tried three times.
+// Exec runs a statement that PostgreSQL refuses while its database is in use, such as DROP
+// DATABASE WITH (FORCE). Connections that are closing have 5 s to be gone, which is too
+// short on a busy machine, and then it fails with 55006: it is tried three times.
 func Exec(ctx context.Context, db interface {
 	Exec(ctx context.Context, sql string, args ...any) (pgconn.CommandTag, error)
 }, sql string) (err error) {

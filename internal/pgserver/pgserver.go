@@ -219,11 +219,7 @@ func waitReady(ctx context.Context, url string, exited <-chan struct{}) (version
 	defer cancel()
 	for pause := 5 * time.Millisecond; ; pause = min(2*pause, 200*time.Millisecond) {
 		if version, err = serverVersion(ctx, url); err == nil {
-			select {
-			case <-exited: // somebody else has its port
-			default:
-				return version, nil
-			}
+			return version, nil
 		}
 		select {
 		case <-exited:
