@@ -27,7 +27,7 @@ SHELL := /bin/bash
 PG ?= 15 17 18
 # Not for some time: at the end of it Go 1.26 may fail by itself, https://go.dev/issue/75804.
 FUZZTIME ?= 100000x
-TIMEOUT ?= 20m
+TIMEOUT ?= 10m
 PARALLEL ?= 6
 HOLD ?= 15m
 GO ?= go

@@ -36,8 +36,8 @@ type TortureConfig struct {
 
 	// Duration is for how long faults are injected: for up to three times as long where a
 	// slow machine does not get to a hundred, and half a minute more where it does not get
-	// to ten and has found nothing wrong yet. With fewer the test fails. 0 is 5 s. Then what is left is delivered
-	// without, for up to half a minute.
+	// to ten and has found nothing wrong yet. With fewer the test fails. 0 is 5 s. Then what
+	// is left is delivered without, for up to half a minute.
 	Duration time.Duration
 
 	// Notification returns what to add for the i-th key, with content that the sender
